@@ -1,0 +1,70 @@
+"""
+One checkpoint's loss four ways, on the same validation windows: python experiments/decode_loss.py
+
+Teacher-forced under the causal rule; decoded token by token from a cache, which must agree; teacher-forced under the
+paper's top-k rule, whose choices see later tokens; and top-k as it would really generate: each prediction from a
+forward over the tokens up to it alone, recomputed from scratch. Prints a table, or JSON with --json true.
+"""
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sample import load_model  # noqa: E402
+from tinybubbles import Cache  # noqa: E402
+from train import choose_device, knob, load_data, read_flags  # noqa: E402
+
+
+@dataclass
+class Settings:
+    out_dir: str = knob("out", "the folder of ckpt.pt")
+    dataset: str = knob("shakespeare", "the text that it was trained on")
+    windows: int = knob(64, "validation windows of block_size tokens, spread evenly", low=1)
+    budget: float = knob(None, "streams per token; default: as trained", "float", low=1)
+    device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
+    json: bool = knob(False, "print JSON instead of a table")
+
+
+def nats(logits, y):
+    """Mean negative log-probability of the targets y (B, T) under logits (B, T, V)."""
+    return -logits.double().gather(-1, y.unsqueeze(-1)).mean().item()
+
+
+@torch.no_grad()
+def measure(model, x, y, budget):
+    """The four losses, in nats per token, and the largest difference of a cached log-probability from a full one."""
+    full, cache = model(x, budget=budget, routing="causal")[0], Cache()
+    cached = torch.cat([model(x[:, t:t + 1], budget=budget, routing="causal", cache=cache)[0] for t in range(x.size(1))], 1)
+    topk = model(x, budget=budget, routing="topk")[0]
+    prefixes = [model(x[:, :t], budget=budget, routing="topk")[0][:, -1:] for t in range(1, x.size(1) + 1)]
+    return {"causal, teacher-forced": nats(full, y), "causal, cached, token by token": nats(cached, y),
+            "topk, teacher-forced": nats(topk, y), "topk, token by token, recomputed": nats(torch.cat(prefixes, 1), y),
+            "largest difference of a cached log-probability": (cached - full).abs().max().item()}
+
+
+def main(argv):
+    s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
+    device = choose_device(s.device)
+    model = load_model(Path(s.out_dir) / "ckpt.pt", device)
+    size = model.config.block_size
+    _, data = load_data(s.dataset, size)
+    starts = np.linspace(0, len(data) - size - 1, s.windows).astype(np.int64)
+    tokens = torch.from_numpy(np.stack([data[start:start + size + 1] for start in starts]).astype(np.int64)).to(device)
+    losses = measure(model, tokens[:, :-1], tokens[:, 1:], s.budget)
+    machine = dict(device=str(device), processor=platform.machine(), torch=torch.__version__)
+    settings = dict(windows=s.windows, block_size=size, budget=s.budget or model.config.budget)
+    if s.json:
+        print(json.dumps({**losses, **settings, **machine}, indent=1))
+        return
+    for name, value in losses.items():
+        print(f"{name:48s}{value:.3g}" if "largest" in name else f"{name:48s}{value:.6f}")
+    print(*(f"{key} {value}" for key, value in (settings | machine).items()), sep=", ")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

