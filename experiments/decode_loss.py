@@ -3,7 +3,7 @@ One checkpoint's loss four ways, on the same validation windows: python experime
 
 Teacher-forced under the causal rule; decoded token by token from a cache, which must agree; teacher-forced under the
 paper's top-k rule, whose choices see later tokens; and top-k as it would really generate: each prediction from a
-forward over the tokens up to it alone, recomputed from scratch. Prints a table, or JSON with --json true.
+forward over the tokens up to it alone, recomputed from scratch. Prints a table, or JSON with --json.
 """
 import json
 import platform
@@ -39,11 +39,12 @@ def nats(logits, y):
 def measure(model, x, y, budget):
     """The four losses, in nats per token, and the largest difference of a cached log-probability from a full one."""
     full, cache = model(x, budget=budget, routing="causal")[0], Cache()
-    cached = torch.cat([model(x[:, t:t + 1], budget=budget, routing="causal", cache=cache)[0] for t in range(x.size(1))], 1)
+    cached = [model(token, budget=budget, routing="causal", cache=cache)[0] for token in x.split(1, dim=1)]
     topk = model(x, budget=budget, routing="topk")[0]
     prefixes = [model(x[:, :t], budget=budget, routing="topk")[0][:, -1:] for t in range(1, x.size(1) + 1)]
+    cached, prefixes = torch.cat(cached, dim=1), torch.cat(prefixes, dim=1)
     return {"causal, teacher-forced": nats(full, y), "causal, cached, token by token": nats(cached, y),
-            "topk, teacher-forced": nats(topk, y), "topk, token by token, recomputed": nats(torch.cat(prefixes, 1), y),
+            "topk, teacher-forced": nats(topk, y), "topk, token by token, recomputed": nats(prefixes, y),
             "largest difference of a cached log-probability": (cached - full).abs().max().item()}
 
 

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,14 +92,15 @@ def readme_commands():
 def test_every_command_of_the_readme_runs(folder):
     commands = readme_commands()
     assert "python train.py --dataset shakespeare" in commands and "python sample.py --budget 2.0" in commands
+    Path("path/to").mkdir(parents=True)
+    for name in ("path/to/any.txt", "prompt.txt"):
+        Path(name).write_text(VERSE * 20, "utf-8")
     train_here()
-    train_here("--out_dir", "out-gpt", "--fork_layers", "none")
-    for command in commands:
-        _, script, *flags = shlex.split(command)
-        small = {"train.py": TINY[:-2], "sample.py": ["--max_new_tokens", "5"]}.get(script, ["--windows", "2"])
-        if "cuda" in flags and not torch.cuda.is_available():
-            small = [*small, "--device", "cpu", "--compile", "false"]
-        run(script, *flags, *small)
+    small = {"train.py": [*TINY, "--compile", "false"], "sample.py": ["--max_new_tokens", "5"],
+             "experiments/figures.py": ["pictures"], "experiments/decode_loss.py": ["--windows", "2"],
+             "experiments/defaults.py": ["--flags", " ".join(TINY), "--seeds", "0", "--windows", "2", "--results", "results"]}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda parts: run(*parts[1:], *small[parts[1]]), map(shlex.split, commands)))
 
 
 def test_every_number_and_option_of_the_model_can_be_set_from_the_command_line(folder):
