@@ -84,5 +84,7 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(130)
     except BrokenPipeError:                                           # the reader of a pipe has left: end quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

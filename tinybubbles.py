@@ -28,6 +28,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 MIN_SCORE = -20.0    # one fork layer multiplies P by exp(-20) at the least
+TIE = 5e-6           # scores of two tokens this close are equal: rounding must not choose, it differs between chunkings
 PADDING = -1e4       # logp of padding: P = 0 exactly, and no query attends to it; finite, so gradients stay finite too
 
 
@@ -122,16 +123,16 @@ def count_at_least(ascending, values):
     return ascending.size(-1) - torch.searchsorted(ascending, values.contiguous())
 
 
-def count_earlier_at_least(values):
-    """How many earlier entries of its row are >= each entry of values (B, M): (B, M). A merge sort's ladder: at width
-    w every right half is counted against the left half beside it; O(M log^2 M) time, O(M) memory, no M x M table."""
+def count_earlier_at_least(values, slack=0.0):
+    """How many earlier entries of its row are >= each entry of values (B, M), less the slack: (B, M). A merge sort's
+    ladder: at width w every right half is counted against the left half beside it; O(M log^2 M) time, O(M) memory."""
     B, M = values.shape
     size = 1 << (M - 1).bit_length()
     values = F.pad(values, (0, size - M), value=-math.inf)
     counts, width = torch.zeros_like(values, dtype=torch.int64), 1
     while width < size:
         left, right = values.view(B, -1, 2, width).unbind(2)                         # (B, size / 2w, w) each
-        counts.view(B, -1, 2, width)[:, :, 1] += count_at_least(left.sort().values, right)
+        counts.view(B, -1, 2, width)[:, :, 1] += count_at_least(left.sort().values, right - slack)
         width *= 2
     return counts[:, :M]
 
@@ -153,8 +154,8 @@ def select_causal(score, tok, allowed, earlier, used):
     order = score.sort(dim=1, descending=True, stable=True).indices                  # best extra first ...
     order = order.gather(1, tok.gather(1, order).sort(dim=1, stable=True).indices)   # ... within each token
     score, tok = score.gather(1, order), tok.gather(1, order)
-    # Want: fewer than E(t) extras of tokens 1..t, admitted or not, beat this one.
-    rank = count_earlier_at_least(score) + count_at_least(earlier, score)            # (B, M)
+    # Want: fewer than E(t) extras of tokens 1..t, admitted or not, beat this one. Equal scores: the earlier token's.
+    rank = count_earlier_at_least(score, TIE) + count_at_least(earlier, score - TIE)      # (B, M)
     wanted = ((rank < allowed[tok]) & (score > -math.inf)).long()                    # (B, M)
     # Admit: used(t) = min(used(t-1) + wanted(t), E(t)), unrolled into one running minimum.
     total = sum_per_token(wanted, tok, T).cumsum(1)                                  # (B, T), W(t)
@@ -198,10 +199,10 @@ class Fork(nn.Module):
         if routing == "topk":
             return select_topk(score, original, min(tok.size(1), quota(budget, T)))
         score = score.masked_fill(original, -math.inf)
-        start = cache.length if cache else 0
+        start, (earlier, used) = 0, (score.new_empty(tok.size(0), 0), tok.new_zeros(tok.size(0), 1))
+        if cache is not None:
+            start, (earlier, used) = cache.length, cache.extras.get(self.layer, (earlier, used))
         t = torch.arange(start + 1, start + T + 1, device=tok.device)
-        nothing = score.new_empty(tok.size(0), 0), tok.new_zeros(tok.size(0), 1)
-        earlier, used = cache.extras.get(self.layer, nothing) if cache else nothing
         admitted, used_after = select_causal(score, tok, quota(budget, t) - t, earlier, used)
         if cache is not None:
             score = score.sort().values[:, T:]                                       # T of them are originals: -inf

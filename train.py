@@ -355,7 +355,11 @@ def check_finite(loss, step):
 
 
 def main(argv):
-    Trainer(read_flags(Settings, argv, __doc__.strip().splitlines()[0])).fit()
+    trainer = Trainer(read_flags(Settings, argv, __doc__.strip().splitlines()[0]))
+    try:
+        trainer.fit()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; ckpt.pt holds the last evaluation's weights, if one was reached") from None
 
 
 if __name__ == "__main__":
