@@ -288,3 +288,11 @@ def test_a_refusal_is_the_same_from_a_shell(folder):
     assert said == "train.py: argument --budget: 0.5 must be at least 1, and not boundless\n"
     _, said = run("sample.py", ok=False)
     assert said.startswith("sample.py: there is no checkpoint out/ckpt.pt")
+
+
+def test_the_python_of_the_readme_runs():
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.S).group(1)
+    idx = torch.randint(256, (1, 128))
+    names = dict(idx=idx, targets=idx)
+    exec(block, names)
+    assert names["cache"].length == 100 and names["logits"].shape == (1, 100, 256) and names["loss"] > 0
