@@ -289,7 +289,7 @@ class Trainer:
         state = dict(model=self.model.state_dict(), config=dataclasses.asdict(self.model.config), step=step,
                      val_loss=val_loss, settings=dataclasses.asdict(self.s))
         write_atomically(self.out / "ckpt.pt", lambda file: torch.save(state, file))
-        print("-" * 80, self.sample(500 if step == self.s.max_iters else 120), "-" * 80, sep="\n", flush=True)
+        print("-" * 80, self.sample(self.s.block_size * (4 if step == self.s.max_iters else 1)), "-" * 80, sep="\n", flush=True)
         self.model.train()
         return val_loss
 
