@@ -111,10 +111,14 @@ def quota(budget, t):
     return -((500_000 - round(budget * 10**12) * t) // 10**12)
 
 
+def token_index(values, tok, T):
+    """The token of each of values (B, N, ...), in their shape, to scatter by; padding goes to a token T of its own."""
+    return (tok % (T + 1)).view(tok.shape + (1,) * (values.dim() - 2)).expand_as(values)
+
+
 def sum_per_token(values, tok, T):
-    """Sum values (B, N, ...) over the streams of each token: (B, T, ...). Padding is summed apart and dropped."""
-    shape = tok.shape + (1,) * (values.dim() - 2)
-    index = (tok % (T + 1)).view(shape).expand_as(values)                            # padding: -1 -> T
+    """Sum values (B, N, ...) over the streams of each token: (B, T, ...)."""
+    index = token_index(values, tok, T)
     return values.new_zeros(values.size(0), T + 1, *values.shape[2:]).scatter_add(1, index, values)[:, :T]
 
 
@@ -297,7 +301,7 @@ class Block(nn.Module):
 
 def logsumexp_per_token(values, tok, T):
     """log of the sum of exp(values) (B, N, ...) over the streams of each token: (B, T, ...)."""
-    index = (tok % (T + 1)).view(tok.shape + (1,) * (values.dim() - 2)).expand_as(values)
+    index = token_index(values, tok, T)
     top = values.new_full((values.size(0), T + 1, *values.shape[2:]), -math.inf)
     top = top.scatter_reduce(1, index, values.detach(), "amax")                      # (B, T + 1, ...)
     return top[:, :T] + sum_per_token((values - top.gather(1, index)).exp(), tok, T).log()
