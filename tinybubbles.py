@@ -374,8 +374,8 @@ class Tinybubbles(nn.Module):
                 streams.append((torch.where(tok < 0, -1, tok + start), logp))
         if cache is not None:
             cache.length += T
-        log_probs = self.merge_residual if self.config.merge == "residual" else self.merge_probability
-        log_probs = log_probs(x, tok, logp, T, targets)
+        merge = self.merge_residual if self.config.merge == "residual" else self.merge_probability
+        log_probs = merge(x, tok, logp, T, targets)
         return (log_probs, None) if targets is None else (None, mean_loss(log_probs, targets))
 
     def check_call(self, idx, budget, routing, cache):
