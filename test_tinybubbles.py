@@ -108,16 +108,18 @@ def oracle_choose(extras, T, budget, routing):
     return chosen
 
 
-def oracle_fork(streams, w, T, budget, routing):
+def oracle_fork(streams, w, T, budget, routing, fade):
     """One fork layer; streams are (x, tok, logp) in order."""
     candidates, extras = [], []
     for j, (x, tok, logp) in enumerate(streams):
         a = w["score.weight"] @ layer_norm(x, w["ln.weight"])
         fork, keep = (logp + max(-np.logaddexp(0, -a[i]), -20.0) for i in (0, 1))
-        candidates += [(x + w["embedding"], tok, fork), (x, tok, keep)]
         extras.append((fork, 2 * j, tok))
         if j + 1 < len(streams) and streams[j + 1][1] == tok:         # not the original: its survival is contested
             extras.append((keep, 2 * j + 1, tok))
+        elif fade == "forks":
+            keep = logp
+        candidates += [(x + w["embedding"], tok, fork), (x, tok, keep)]
     lost = {e[1] for e in extras} - oracle_choose(extras, T, budget, routing)
     return [c for slot, c in enumerate(candidates) if slot not in lost]
 
@@ -130,7 +132,7 @@ def oracle_turn(x, position):
     return np.concatenate((a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)))
 
 
-def oracle_attention(streams, w, n_head, has_scores):
+def oracle_attention(streams, w, n_head, has_scores, fade):
     """What attention writes to each stream, before it is scaled by P."""
     count = [sum(tok == s[1] for s in streams) for tok in range(streams[-1][1] + 1)]
     position = np.cumsum([1 / count[tok] for _, tok, _ in streams])
@@ -143,7 +145,7 @@ def oracle_attention(streams, w, n_head, has_scores):
             query, logits = oracle_turn(q[h, i], position[i]), []
             for j in range(i + 1):
                 key, used = oracle_turn(k[h, j], position[j]), d - has_scores
-                logits.append((query[:used] @ key[:used] + streams[j][2]) / np.sqrt(d))
+                logits.append(query[:used] @ key[:used] / np.sqrt(d) + streams[j][2] / (fade == "forks" or np.sqrt(d)))
             weight = np.exp(log_softmax(np.array(logits)))
             out[i, h] = sum(weight[j] * np.exp(streams[j][2]) * v[h, j] for j in range(i + 1))
     return out.reshape(len(streams), -1) @ w["attn.proj.weight"].T
@@ -157,9 +159,9 @@ def oracle(model, idx, budget, routing):
     streams = [(weights["wte.weight"][i], t, 0.0) for t, i in enumerate(idx)]
     for l in range(c.n_layer):
         if l in c.fork_layers:
-            streams = oracle_fork(streams, part(f"forks.{l}."), T, budget, routing)
+            streams = oracle_fork(streams, part(f"forks.{l}."), T, budget, routing, c.fade)
         w = part(f"blocks.{l}.")
-        attention = oracle_attention(streams, w, c.n_head, bool(c.fork_layers))
+        attention = oracle_attention(streams, w, c.n_head, bool(c.fork_layers), c.fade)
         streams = [(x + np.exp(logp) * attention[i], tok, logp) for i, (x, tok, logp) in enumerate(streams)]
         for i, (x, tok, logp) in enumerate(streams):
             u = w["mlp.fc.weight"] @ layer_norm(x, w["ln_2.weight"])
@@ -194,7 +196,8 @@ def test_the_model_is_its_equations(routing, merge):
     for seed in range(20):
         n_layer = rng.randint(1, 4)
         forks = tuple(sorted(rng.sample(range(n_layer), rng.randint(0, n_layer))))
-        model = random_model(seed, n_layer=n_layer, fork_layers=forks, merge=merge, n_head=rng.choice((1, 2, 4)))
+        model = random_model(seed, n_layer=n_layer, fork_layers=forks, merge=merge, n_head=rng.choice((1, 2, 4)),
+                             fade=("all", "forks")[seed // 2 % 2])
         idx = tokens(seed, B=1, T=rng.randint(1, 10))[0]
         assert_matches_oracle(model, idx, rng.choice((1, 1.1, 1.25, 1.5, 1.7, 2, 2.5, 3, 4, 9.9)), routing)
 
@@ -222,7 +225,7 @@ def test_the_worked_example_of_the_readme():
                                        ([.5, 1, 2, 2.5, 3, 4], [.5, 1, 2, 3, 3.5, 4])):
         fork = Fork(config, 1)
         torch.nn.init.ones_(fork.embedding)
-        fork.candidate_scores = lambda x, logp: (logp.unsqueeze(-1) + torch.tensor([rows]).log()).flatten(1)
+        fork.candidate_scores = lambda x, logp, original: (logp.unsqueeze(-1) + torch.tensor([rows]).log()).flatten(1)
         topk = fork(x, tok, logp, 4, 1.5, "topk", None)[1]
         x, tok, logp = fork(x, tok, logp, 4, 1.5, "causal", None)
         assert tok.tolist() == [owners]
@@ -283,7 +286,8 @@ def first_change(model, idx, t, **call):
 
 def test_a_later_token_never_changes_an_earlier_logit():
     for seed in range(6):
-        model, idx = random_model(seed, merge=("probability", "residual")[seed % 2]), tokens(seed)
+        model = random_model(seed, merge=("probability", "residual")[seed % 2], fade=("all", "forks")[seed // 2 % 2])
+        idx = tokens(seed)
         assert all(first_change(model, idx, t, budget=r) < 1e-5 for t in range(1, 12) for r in (1, 1.3, 2, 3))
 
 
@@ -309,7 +313,8 @@ def read_in_chunks(model, idx, chunks, **call):
 def test_cached_logits_equal_full_logits(merge):
     rng, ragged = random.Random(merge), 0
     for seed in range(24):
-        model = random_model(seed, merge=merge, fork_layers=((1, 2), (0, 1, 3), (2,), (0, 1, 2, 3))[seed % 4])
+        model = random_model(seed, merge=merge, fork_layers=((1, 2), (0, 1, 3), (2,), (0, 1, 2, 3))[seed % 4],
+                             fade=("all", "forks")[seed // 2 % 2])
         idx, budget, streams = tokens(seed, B=3, T=rng.randint(1, 24)), rng.choice((1, 1.1, 1.5, 2, 2.7, 3, 4)), []
         full = model(idx, budget=budget, streams=streams)[0]
         ragged += len({int(n) for n in (streams[-1][0] >= 0).sum(1)}) > 1

@@ -58,6 +58,7 @@ class Config:
     budget: float = 2.0                         # streams per token; 1 = every token keeps its original alone
     routing: str = "causal"                     # or "topk": the paper's, which looks at later tokens
     merge: str = "probability"                  # or "residual": the authors' code
+    fade: str = "all"                           # the paper's; or "forks": originals keep P = 1, log P is not divided
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -81,6 +82,8 @@ class Config:
         check_routing(self.routing)
         if self.merge not in ("probability", "residual"):
             raise ValueError(f"merge must be 'probability' or 'residual', not {self.merge!r}")
+        if self.fade not in ("all", "forks"):
+            raise ValueError(f"fade must be 'all' or 'forks', not {self.fade!r}")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number from 0 to less than 1, not {self.dropout!r}")
 
@@ -177,26 +180,29 @@ class Fork(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer = layer
+        self.layer, self.fade = layer, config.fade
         self.ln = nn.LayerNorm(config.n_embd, bias=False)
         self.score = nn.Linear(config.n_embd, 2, bias=False)                         # row 0 fork, row 1 keep
         self.embedding = nn.Parameter(torch.empty(config.n_embd))                    # added to a fork, not its parent
 
     def forward(self, x, tok, logp, T, budget, routing, cache):
-        candidates = self.candidate_scores(x, logp)                                  # (B, M)
-        keep = self.select(candidates.detach(), tok, T, budget, routing, cache)      # (B, M) bool
+        original = tok != F.pad(tok[:, 1:], (0, 1), value=-1)                        # (B, N): last stream of its token
+        candidates = self.candidate_scores(x, logp, original)                        # (B, M)
+        keep = self.select(candidates.detach(), original, tok, T, budget, routing, cache)     # (B, M) bool
         size = min(keep.size(1), quota(budget, T)) if cache is None else int(keep.sum(1).max())
         return self.gather(x, tok, candidates, keep, size)
 
-    def candidate_scores(self, x, logp):
+    def candidate_scores(self, x, logp, original):
         """New log cumulative scores if forked and if kept (eqs. 1-3), (B, M) float32. An elementwise product rather
         than a matmul: the same stream scores the same bits in any chunk, so equal scores stay equal when decoding."""
         a = (self.ln(x).float().unsqueeze(-2) * self.score.weight.float()).sum(-1)   # (B, N, 2)
-        return (logp.unsqueeze(-1) + F.logsigmoid(a).clamp(min=MIN_SCORE)).flatten(1)
+        fork, keep = F.logsigmoid(a).clamp(min=MIN_SCORE).unbind(-1)                 # (B, N) each
+        if self.fade == "forks":
+            keep = keep.masked_fill(original, 0.0)                                   # an original's P stays 1
+        return torch.stack((logp + fork, logp + keep), -1).flatten(1)
 
-    def select(self, score, tok, T, budget, routing, cache):
+    def select(self, score, original, tok, T, budget, routing, cache):
         """Which candidates survive, (B, M) bool: every original, and the extras that `routing` chooses (eqs. 4-5)."""
-        original = tok != F.pad(tok[:, 1:], (0, 1), value=-1)                        # (B, N): last stream of its token
         original = torch.stack((torch.zeros_like(original), original), -1).flatten(1)     # (B, M): kept, not forked
         tok = tok.repeat_interleave(2, dim=1)                                        # (B, M)
         score = score.masked_fill(tok < 0, -math.inf)
@@ -247,12 +253,14 @@ def rotate(x, cos, sin):
 
 class CausalSelfAttention(nn.Module):
     """Score-attenuated attention (eqs. 7-8): logits (q k^T + logp_key) / sqrt(d), values times P. The last channel of
-    each head carries the score: q = 1, k = logp there. So any fused attention kernel serves, with no mask tensor."""
+    each head carries the score: q = 1, k = logp there. So any fused attention kernel serves, with no mask tensor.
+    fade = "forks" adds logp undivided: then a fork's attention ends as its P does, and deleting it changes nothing."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
         self.has_scores = bool(config.fork_layers)                                   # a plain GPT keeps all channels
+        self.score_scale = math.sqrt(config.n_embd // config.n_head) if config.fade == "forks" else 1.0
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
@@ -261,7 +269,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if self.has_scores:
-            q[..., -1], k[..., -1] = 1, logp.unsqueeze(1)
+            q[..., -1], k[..., -1] = 1, logp.unsqueeze(1) * self.score_scale
         v = v * logp.exp().type_as(v).view(B, 1, N, 1)
         if cache is not None:
             k, v = cache.append_kv(self.layer, k, v)                                 # (B, H, S, d) each

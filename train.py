@@ -89,6 +89,7 @@ class Settings:
     budget: tuple = knob((2.0,), "streams per token; several = elastic training, one drawn per step", "floats", low=1)
     routing: str = knob("causal", "causal, or topk: the paper's, which looks at later tokens")
     merge: str = knob("probability", "probability, or residual: the authors' code")
+    fade: str = knob("all", "all: the paper's; or forks: originals keep P = 1, log P enters attention undivided")
     dropout: float = knob(0.0, "share of activations dropped in training", low=0)
     batch_size: int = knob(8, "windows per step", low=1)
     max_iters: int = knob(2000, "steps", low=0)

@@ -6,7 +6,7 @@ import torch
 import train
 
 FLAGS = ("--dataset lookup --n_layer 2 --n_head 1 --n_embd 32 --fork_layers 0,1 --learning_rate 1e-2 --min_lr 5e-4 "
-         "--eval_iters 8 --batch_size 16 --device cpu").split()
+         "--eval_iters 8 --batch_size 16 --device cpu --merge residual --fade forks").split()
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_batches_depend_on_the_seed_and_the_step_and_validation_on_neither():
 def test_a_small_lookup_is_learned_and_reported_by_m(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    trainer = train.Trainer(settings("--max_iters", "600", "--log_interval", "300"))
+    trainer = train.Trainer(settings("--max_iters", "1200", "--log_interval", "600"))
     trainer.fit()
     accuracy, streams = trainer.data.by_m(trainer.model.eval(), 2.0, trainer.device)
     assert (accuracy > 0.95).all() and (streams >= 1).all()
