@@ -206,28 +206,28 @@ class Text:
 
 
 class Lookup:
-    """Slots with values, then queries: `s3 v1 s0 v2 ... q17 q4 ...`. Each query token stands for a fixed ordered list
+    """Slots with values, then queries: `s3=v1 s0=v2 ... q17 q4 ...`. Each query token stands for a fixed ordered list
     of m = 1..4 slots, and its target is one token that says their values in that order: it must fetch m things at once.
-    A value's token doesn't say whose it is. Vocabulary: answers, slots, values, queries (LISTS for each m)."""
-    SLOTS, VALUES, LISTS, QUERIES, LONGEST = 8, 3, 8, 32, 4
+    One token is a slot with its value; at width 16 the 96 of them can't be told apart in a sum.
+    Vocabulary: answers, slots with values, queries (LISTS for each m)."""
+    SLOTS, VALUES, LISTS, QUERIES, LONGEST = 32, 3, 8, 16, 4
 
     def __init__(self, s):
-        self.s, self.T, self.size = s, 2 * self.SLOTS + self.QUERIES, "batches made as they are needed"
+        self.s, self.T, self.size = s, self.SLOTS + self.QUERIES, "batches made as they are needed"
         if s.block_size < self.T:
             refuse(f"--dataset lookup needs a --block_size of {self.T} or more, not {s.block_size}")
         self.m = np.arange(self.LONGEST * self.LISTS) // self.LISTS + 1                         # of each query token
         self.lists = np.random.default_rng(0).random((len(self.m), self.SLOTS)).argsort(1)[:, :self.LONGEST]
         self.first_slot = (self.VALUES + 1) ** self.LONGEST           # answers are numbers; digit 0: the list is over
-        self.first_query = self.first_slot + self.SLOTS + self.VALUES
+        self.first_query = self.first_slot + self.SLOTS * self.VALUES
         self.vocab_size = self.first_query + len(self.m)
 
     def train_batch(self, rng):
-        """idx and targets (B, 2 * SLOTS + QUERIES); only queries have a target."""
+        """idx and targets (B, SLOTS + QUERIES); only queries have a target."""
         B = self.s.batch_size
         slot = rng.random((B, self.SLOTS)).argsort(1)
         value, query = rng.integers(self.VALUES, size=slot.shape), rng.integers(len(self.lists), size=(B, self.QUERIES))
-        shown = self.SLOTS + np.take_along_axis(value, slot, 1)
-        context = self.first_slot + np.stack((slot, shown), -1).reshape(B, -1)
+        context = self.first_slot + slot * self.VALUES + np.take_along_axis(value, slot, 1)
         digit = 1 + value[np.arange(B)[:, None, None], self.lists[query]]                       # (B, QUERIES, LONGEST)
         digit[np.arange(self.LONGEST) >= self.m[query][..., None]] = 0
         answer = digit @ (self.VALUES + 1) ** np.arange(self.LONGEST)

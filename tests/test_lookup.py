@@ -5,7 +5,7 @@ import torch
 
 import train
 
-FLAGS = ("--dataset lookup --n_layer 2 --n_head 1 --n_embd 32 --fork_layers 0,1 --learning_rate 1e-2 --min_lr 5e-4 "
+FLAGS = ("--dataset lookup --n_layer 2 --n_head 1 --n_embd 16 --fork_layers 0,1 --learning_rate 1e-2 --min_lr 5e-4 "
          "--eval_iters 8 --batch_size 16 --device cpu --merge residual --fade forks").split()
 
 
@@ -25,11 +25,11 @@ def test_every_answer_says_the_values_of_its_list_in_order():
     data = train.Lookup(settings())
     idx, targets = data.train_batch(np.random.default_rng(0))
     for row, answers in zip(idx, targets):
-        context, queries = row[:2 * data.SLOTS] - data.first_slot, row[2 * data.SLOTS:] - data.first_query
-        value = {slot: shown - data.SLOTS for slot, shown in context.reshape(-1, 2)}
+        context, queries = row[:data.SLOTS] - data.first_slot, row[data.SLOTS:] - data.first_query
+        value = dict(divmod(token, data.VALUES) for token in context)
         assert sorted(value) == list(range(data.SLOTS)) and set(value.values()) <= set(range(data.VALUES))
-        assert (answers[:2 * data.SLOTS] == -1).all()
-        for query, answer in zip(queries, answers[2 * data.SLOTS:]):
+        assert (answers[:data.SLOTS] == -1).all()
+        for query, answer in zip(queries, answers[data.SLOTS:]):
             digits = [1 + value[slot] for slot in data.lists[query][:query // data.LISTS + 1]]
             assert answer == sum(digit * (data.VALUES + 1) ** r for r, digit in enumerate(digits))
 
