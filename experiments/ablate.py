@@ -1,5 +1,5 @@
 """
-What makes extra streams pay: python experiments/ablate.py --task lookup        (or plays, or plays-long)
+What makes extra streams pay: python experiments/ablate.py --task lookup        (or lookup-deep, plays, plays-long)
 
 Trains every arm with every seed on the same batches, a process for each core, skips what is done already (one JSON file
 a run), and writes experiments/results/ablate_TASK.json, .md and .png: the mean loss of each arm, and its difference to
@@ -30,13 +30,15 @@ from tinybubbles import (MIN_SCORE, PADDING, Block, CausalSelfAttention, Fork, T
                          logsumexp_per_token, rotate, sum_per_token)
 from train import knob, read_flags, refuse  # noqa: E402
 
+LOOKUP = ("--dataset lookup --block_size 48 --n_head 1 --batch_size 32 --learning_rate 1e-2 --min_lr 5e-4 "
+          "--eval_iters 32 ")
 PLAYS = ("--dataset shakespeare --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
-         "--learning_rate 4e-3 --eval_iters 100")
+         "--learning_rate 4e-3 --eval_iters 100 --budget 2 ")
 TASKS = {   # train.py's flags; every arm adds its own
-    "lookup": "--dataset lookup --block_size 48 --n_layer 2 --n_head 1 --n_embd 16 --fork_layers 0,1 --batch_size 32 "
-              "--learning_rate 1e-2 --min_lr 5e-4 --eval_iters 32 --max_iters 2000",
-    "plays": PLAYS + " --max_iters 2000",
-    "plays-long": PLAYS + " --max_iters 8000",
+    "lookup": LOOKUP + "--n_layer 1 --n_embd 32 --fork_layers 0 --max_iters 3000 --budget 1.5",
+    "lookup-deep": LOOKUP + "--n_layer 2 --n_embd 16 --fork_layers 0,1 --max_iters 2000 --budget 2",
+    "plays": PLAYS + "--max_iters 2000",
+    "plays-long": PLAYS + "--max_iters 8000",
 }
 
 
@@ -60,7 +62,7 @@ class Variant:
 OURS, PAPER = "--fade forks --merge residual ", "--fade all --merge probability "
 ARMS = {   # name: (flags, variant)
     "plain GPT": ("--fork_layers none", Variant()),
-    "copy-2": ("--merge residual", Variant(copies=True)),
+    "copy-2": ("--merge residual --budget 2", Variant(copies=True)),
     "bubbles": (OURS, Variant()),
     "paper's form": (PAPER, Variant()),
     "authors' code": ("--fade all --merge residual", Variant()),
@@ -73,15 +75,10 @@ ARMS = {   # name: (flags, variant)
     "paper's form, originals kept": (PAPER, Variant(originals="kept")),
     "authors' code, log P undivided": ("--fade all --merge residual", Variant(logits="undivided")),
     "paper's form, keep bias +4": (PAPER, Variant(keep_bias=4.0)),
-    "copy-2, probability merge": ("--merge probability", Variant(copies=True)),
-    "copy-4": ("--merge residual --budget 4", Variant(copies=True)),
-    "bubbles, r = 1.5": (OURS + "--budget 1.5", Variant()),
-    "bubbles, r = 4": (OURS + "--budget 4", Variant()),
-    "bubbles, elastic 1 to 4": (OURS + "--budget 1,1.5,2,3,4", Variant()),
+    "copy-2, probability merge": ("--merge probability --budget 2", Variant(copies=True)),
     "bubbles, budget grown from 1": (OURS, Variant(grow=True)),
     "bubbles, topk": (OURS + "--routing topk", Variant()),
     "bubbles, noisy selection": (OURS, Variant(select="noisy")),
-    "bubbles, first fork layer only": ("first fork layer " + OURS, Variant()),
     "bubbles, log P not in attention": (OURS, Variant(logits="none")),
     "bubbles, values not scaled": (OURS, Variant(values=False)),
     "bubbles, writes not scaled": (OURS, Variant(writes=False)),
@@ -92,6 +89,20 @@ ARMS = {   # name: (flags, variant)
     "bubbles, fork bias +2": (OURS, Variant(fork_bias=2.0)),
     "bubbles, scorers' learning rate / 10": (OURS, Variant(scorer_lr=0.1)),
 }
+DIALS = {name: (OURS + flags, Variant()) for name, flags in {
+    "bubbles, r = 1.25": "--budget 1.25", "bubbles, r = 1.5": "--budget 1.5", "bubbles, r = 2": "--budget 2",
+    "bubbles, r = 4": "--budget 4", "bubbles, elastic, at r = 2": "--budget 1,1.25,1.5,2",
+    "bubbles, elastic, at r = 4": "--budget 1,1.5,2,3,4", "bubbles, forks before block 1 only": "--fork_layers 1",
+    "bubbles, forks before every block": "--fork_layers 0,1,2,3"}.items()}
+DIALS["copy-4"] = "--merge residual --budget 4", Variant(copies=True)
+ARMS |= DIALS
+NOT = {   # what a task leaves out: it can't be had there, or is `bubbles` itself
+    "lookup": ["bubbles, r = 1.5", "bubbles, r = 4", "bubbles, elastic, at r = 4", "bubbles, forks before block 1 only",
+               "bubbles, forks before every block", "copy-4"],
+    "lookup-deep": ["bubbles, r = 2", "bubbles, elastic, at r = 2", "bubbles, forks before every block"],
+    "plays": ["bubbles, r = 2", "bubbles, elastic, at r = 2"],
+}
+NOT["plays-long"] = NOT["plays"]
 
 
 # -- the variants -----------------------------------------------------------------------------------------------------
@@ -220,11 +231,7 @@ def look(trainer):
 
 def flags_of(task, arm, more=""):
     """train.py's flags of an arm, a list; later ones win."""
-    flags = ARMS[arm][0]
-    if flags.startswith("first fork layer "):
-        first = TASKS[task].split("--fork_layers ")[1].split(",")[0]
-        flags = flags.replace("first fork layer", f"--fork_layers {first}")
-    return f"{TASKS[task]} {flags} {more}".split()
+    return f"{TASKS[task]} {ARMS[arm][0]} {more}".split()
 
 
 def prepare(task, arm, seed, out, more=""):
@@ -320,6 +327,13 @@ COLUMNS = {"right, by m": "accuracy_by_m", "streams": "streams", "of queries, by
            "attention to own forks": "attention_to_own_forks"}
 
 
+NOTE = """Loss: nats per target over train.py's evaluation batches, at the budget trained (the highest, if several);
+± half a 95 % interval over seeds (Student's t). The difference is paired: same seed, same batches. In the last block
+of the trained model: P, the cosine of a fork's output and its original's, and the attention that an original pays to a
+fork of its own over that to a stream of another token. In the second half of training: tokens whose number of streams
+one step changes, and the scorers' share of the gradient's norm.""".replace("\n", " ")
+
+
 def summaries(runs):
     """A dict of table cells for each arm that has runs."""
     for arm in ARMS:
@@ -339,12 +353,8 @@ def table(runs):
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
     seeds = sorted({run["seed"] for run in runs})
-    lines += ["", f"Task {one['task']}, {one['steps']} steps, seeds {seeds[0]} to {seeds[-1]}. Loss: nats per target over "
-              "train.py's evaluation batches, at the budget trained (the highest, if several); ± half a 95 % interval over seeds (Student's t). The difference is paired: same seed, same batches. In the last "
-              "block of the trained model: P, the cosine of a fork's output and its original's, and the attention that "
-              "an original pays to a fork of its own over that to a stream of another token. In the second half of "
-              "training: tokens whose number of streams one step changes, and the scorers' share of the gradient's "
-              f"norm. Machine: {one['machine']}, torch {one['torch']}."]
+    lines += ["", f"Task {one['task']}, {one['steps']} steps, seeds {seeds[0]} to {seeds[-1]}. {NOTE} "
+              f"Machine: {one['machine']}, torch {one['torch']}."]
     return "\n".join(lines) + "\n"
 
 
@@ -373,7 +383,7 @@ def draw(runs, path):
 
 @dataclass
 class Settings:
-    task: str = knob("lookup", "lookup, plays, or plays-long")
+    task: str = knob("lookup", ", ".join(TASKS))
     seeds: tuple = knob((0, 1, 2, 3, 4), "seeds of each arm, ten at most", "ints", low=0)
     arms: str = knob("all", "all, or some names, separated by ;")
     runs: str = knob("out-ablate", "where the runs' JSON files go")
@@ -388,7 +398,8 @@ def check(s):
         refuse(f"--task must be one of {', '.join(TASKS)}, not {s.task!r}")
     if not 1 <= len(set(s.seeds)) <= 10 or len(set(s.seeds)) < len(s.seeds):
         refuse(f"--seeds must name one to ten seeds, each once, not {','.join(map(str, s.seeds))}")
-    names = list(ARMS) if s.arms == "all" else [name.strip() for name in s.arms.split(";")]
+    every = [arm for arm in ARMS if arm not in NOT[s.task]]
+    names = every if s.arms == "all" else [name.strip() for name in s.arms.split(";")]
     for name in names:
         if name not in ARMS:
             refuse(f"--arms: there is no arm {name!r}; there are: {'; '.join(ARMS)}")

@@ -68,7 +68,7 @@ def test_originals_are_faded_kept_or_normalised():
 
 
 def test_without_attenuation_scores_matter_to_the_selection_alone():
-    """The loss no longer depends on P anywhere, so no gradient reaches the scorers; each part alone lets some through."""
+    """Then the loss depends on P nowhere, so no gradient reaches the scorers; each part alone lets some through."""
     off = dict(logits="none", values=False, writes=False, merge="original")
     parts = dict(logits="undivided", values=True, writes=True, merge="mean")
     for part in [None, *parts]:
