@@ -1,5 +1,5 @@
 """
-What makes extra streams pay: python experiments/ablate.py --task lookup        (or lookup-deep, plays, plays-long)
+What makes extra streams pay: python experiments/ablate.py --task lookup        (or lookup-long, plays, plays-long)
 
 Trains every arm with every seed on the same batches, a process for each core, skips what is done already (one JSON file
 a run), and writes experiments/results/ablate_TASK.json, .md and .png: the mean loss of each arm, and its difference to
@@ -31,12 +31,12 @@ from tinybubbles import (MIN_SCORE, PADDING, Block, CausalSelfAttention, Fork, T
 from train import knob, read_flags, refuse  # noqa: E402
 
 LOOKUP = ("--dataset lookup --block_size 48 --n_head 1 --batch_size 32 --learning_rate 1e-2 --min_lr 5e-4 "
-          "--eval_iters 32 ")
+          "--n_layer 2 --n_embd 16 --fork_layers 0,1 --eval_iters 32 ")
 PLAYS = ("--dataset shakespeare --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
          "--learning_rate 4e-3 --eval_iters 100 --budget 2 ")
 TASKS = {   # train.py's flags; every arm adds its own
-    "lookup": LOOKUP + "--n_layer 1 --n_embd 32 --fork_layers 0 --max_iters 3000 --budget 1.5",
-    "lookup-deep": LOOKUP + "--n_layer 2 --n_embd 16 --fork_layers 0,1 --max_iters 2000 --budget 2",
+    "lookup": LOOKUP + "--max_iters 2500 --budget 2",
+    "lookup-long": LOOKUP + "--max_iters 6000 --budget 2",
     "plays": PLAYS + "--max_iters 2000",
     "plays-long": PLAYS + "--max_iters 8000",
 }
@@ -52,6 +52,7 @@ class Variant:
     writes: bool = True       # residual writes times P
     merge: str = ""           # residual merge: original takes that stream alone; mean divides by the sum of P
     select: str = ""          # random; or noisy: Gumbel noise of scale 1 on the scores while training
+    margin: float = 0.0       # added to the score of a fork kept, for the selection only: old forks before new ones
     keep_bias: float = 0.0    # added to the keep logit
     fork_bias: float = 0.0    # added to the fork logit
     embedding: float = 0.0    # the fork embedding's initial standard deviation, instead of 1 / sqrt(n_embd)
@@ -76,6 +77,7 @@ ARMS = {   # name: (flags, variant)
     "authors' code, log P undivided": ("--fade all --merge residual", Variant(logits="undivided")),
     "paper's form, keep bias +4": (PAPER, Variant(keep_bias=4.0)),
     "copy-2, probability merge": ("--merge probability --budget 2", Variant(copies=True)),
+    "copy-4": ("--merge residual --budget 4", Variant(copies=True)),
     "bubbles, budget grown from 1": (OURS, Variant(grow=True)),
     "bubbles, topk": (OURS + "--routing topk", Variant()),
     "bubbles, noisy selection": (OURS, Variant(select="noisy")),
@@ -84,25 +86,22 @@ ARMS = {   # name: (flags, variant)
     "bubbles, writes not scaled": (OURS, Variant(writes=False)),
     "bubbles, mean merge": (OURS, Variant(merge="mean")),
     "bubbles, original alone predicts": (OURS, Variant(merge="original")),
+    "copy-2, fork embedding 0.02": ("--merge residual --budget 2", Variant(copies=True, embedding=0.02)),
     "bubbles, fork embedding 0.02": (OURS, Variant(embedding=0.02)),
     "bubbles, fork bias -2": (OURS, Variant(fork_bias=-2.0)),
     "bubbles, fork bias +2": (OURS, Variant(fork_bias=2.0)),
     "bubbles, scorers' learning rate / 10": (OURS, Variant(scorer_lr=0.1)),
 }
-DIALS = {name: (OURS + flags, Variant()) for name, flags in {
-    "bubbles, r = 1.25": "--budget 1.25", "bubbles, r = 1.5": "--budget 1.5", "bubbles, r = 2": "--budget 2",
-    "bubbles, r = 4": "--budget 4", "bubbles, elastic, at r = 2": "--budget 1,1.25,1.5,2",
-    "bubbles, elastic, at r = 4": "--budget 1,1.5,2,3,4", "bubbles, forks before block 1 only": "--fork_layers 1",
-    "bubbles, forks before every block": "--fork_layers 0,1,2,3"}.items()}
-DIALS["copy-4"] = "--merge residual --budget 4", Variant(copies=True)
-ARMS |= DIALS
-NOT = {   # what a task leaves out: it can't be had there, or is `bubbles` itself
-    "lookup": ["bubbles, r = 1.5", "bubbles, r = 4", "bubbles, elastic, at r = 4", "bubbles, forks before block 1 only",
-               "bubbles, forks before every block", "copy-4"],
-    "lookup-deep": ["bubbles, r = 2", "bubbles, elastic, at r = 2", "bubbles, forks before every block"],
-    "plays": ["bubbles, r = 2", "bubbles, elastic, at r = 2"],
+NEAR_1 = dict(keep_bias=3.0, fork_bias=3.0)
+ARMS |= {
+    "bubbles, margin 2": (OURS, Variant(margin=2.0)),
+    "bubbles, margin 2, writes not scaled": (OURS, Variant(margin=2.0, writes=False)),
+    "bubbles, margin 2, writes and values not scaled": (OURS, Variant(margin=2.0, writes=False, values=False)),
+    "bubbles, margin 1, writes not scaled, P near 1 at first": (OURS, Variant(margin=1.0, writes=False, **NEAR_1)),
 }
-NOT["plays-long"] = NOT["plays"]
+ARMS |= {"bubbles, " + name: (OURS + flags, Variant()) for name, flags in {
+    "r = 1.25": "--budget 1.25", "r = 1.5": "--budget 1.5", "r = 4": "--budget 4", "elastic": "--budget 1,1.25,1.5,2",
+    "one fork layer": "--fork_layers 1"}.items()}
 
 
 # -- the variants -----------------------------------------------------------------------------------------------------
@@ -131,6 +130,7 @@ class VariantFork(Fork):
         return torch.stack((logp + fork, logp + keep), -1).flatten(1)
 
     def select(self, score, *rest):
+        score = score + self.variant.margin * (torch.arange(score.size(1)) % 2)
         if self.variant.select == "random":
             score = torch.rand_like(score)
         elif self.variant.select == "noisy" and self.training:
@@ -398,8 +398,7 @@ def check(s):
         refuse(f"--task must be one of {', '.join(TASKS)}, not {s.task!r}")
     if not 1 <= len(set(s.seeds)) <= 10 or len(set(s.seeds)) < len(s.seeds):
         refuse(f"--seeds must name one to ten seeds, each once, not {','.join(map(str, s.seeds))}")
-    every = [arm for arm in ARMS if arm not in NOT[s.task]]
-    names = every if s.arms == "all" else [name.strip() for name in s.arms.split(";")]
+    names = list(ARMS) if s.arms == "all" else [name.strip() for name in s.arms.split(";")]
     for name in names:
         if name not in ARMS:
             refuse(f"--arms: there is no arm {name!r}; there are: {'; '.join(ARMS)}")
