@@ -108,7 +108,7 @@ def oracle_choose(extras, T, budget, routing):
     return chosen
 
 
-def oracle_fork(streams, w, T, budget, routing, fade):
+def oracle_fork(streams, w, T, budget, routing, fade, margin):
     """One fork layer; streams are (x, tok, logp) in order."""
     candidates, extras = [], []
     for j, (x, tok, logp) in enumerate(streams):
@@ -116,7 +116,7 @@ def oracle_fork(streams, w, T, budget, routing, fade):
         fork, keep = (logp + max(-np.logaddexp(0, -a[i]), -20.0) for i in (0, 1))
         extras.append((fork, 2 * j, tok))
         if j + 1 < len(streams) and streams[j + 1][1] == tok:         # not the original: its survival is contested
-            extras.append((keep, 2 * j + 1, tok))
+            extras.append((keep + margin, 2 * j + 1, tok))
         elif fade == "forks":
             keep = logp
         candidates += [(x + w["embedding"], tok, fork), (x, tok, keep)]
@@ -159,7 +159,7 @@ def oracle(model, idx, budget, routing):
     streams = [(weights["wte.weight"][i], t, 0.0) for t, i in enumerate(idx)]
     for l in range(c.n_layer):
         if l in c.fork_layers:
-            streams = oracle_fork(streams, part(f"forks.{l}."), T, budget, routing, c.fade)
+            streams = oracle_fork(streams, part(f"forks.{l}."), T, budget, routing, c.fade, c.margin)
         w = part(f"blocks.{l}.")
         attention = oracle_attention(streams, w, c.n_head, bool(c.fork_layers), c.fade)
         streams = [(x + np.exp(logp) * attention[i], tok, logp) for i, (x, tok, logp) in enumerate(streams)]
@@ -197,7 +197,7 @@ def test_the_model_is_its_equations(routing, merge):
         n_layer = rng.randint(1, 4)
         forks = tuple(sorted(rng.sample(range(n_layer), rng.randint(0, n_layer))))
         model = random_model(seed, n_layer=n_layer, fork_layers=forks, merge=merge, n_head=rng.choice((1, 2, 4)),
-                             fade=("all", "forks")[seed // 2 % 2])
+                             fade=("all", "forks")[seed // 2 % 2], margin=seed % 3)
         idx = tokens(seed, B=1, T=rng.randint(1, 10))[0]
         assert_matches_oracle(model, idx, rng.choice((1, 1.1, 1.25, 1.5, 1.7, 2, 2.5, 3, 4, 9.9)), routing)
 
@@ -286,7 +286,8 @@ def first_change(model, idx, t, **call):
 
 def test_a_later_token_never_changes_an_earlier_logit():
     for seed in range(6):
-        model = random_model(seed, merge=("probability", "residual")[seed % 2], fade=("all", "forks")[seed // 2 % 2])
+        model = random_model(seed, merge=("probability", "residual")[seed % 2], fade=("all", "forks")[seed // 2 % 2],
+                             margin=seed % 3)
         idx = tokens(seed)
         assert all(first_change(model, idx, t, budget=r) < 1e-5 for t in range(1, 12) for r in (1, 1.3, 2, 3))
 
@@ -314,7 +315,7 @@ def test_cached_logits_equal_full_logits(merge):
     rng, ragged = random.Random(merge), 0
     for seed in range(24):
         model = random_model(seed, merge=merge, fork_layers=((1, 2), (0, 1, 3), (2,), (0, 1, 2, 3))[seed % 4],
-                             fade=("all", "forks")[seed // 2 % 2])
+                             fade=("all", "forks")[seed // 2 % 2], margin=seed % 3)
         idx, budget, streams = tokens(seed, B=3, T=rng.randint(1, 24)), rng.choice((1, 1.1, 1.5, 2, 2.7, 3, 4)), []
         full = model(idx, budget=budget, streams=streams)[0]
         ragged += len({int(n) for n in (streams[-1][0] >= 0).sum(1)}) > 1

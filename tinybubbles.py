@@ -59,6 +59,7 @@ class Config:
     routing: str = "causal"                     # or "topk": the paper's, which looks at later tokens
     merge: str = "probability"                  # or "residual": the authors' code
     fade: str = "all"                           # the paper's; or "forks": originals keep P = 1, log P is not divided
+    margin: float = 0.0                         # the paper's; more: old forks stay unless new ones score this much more
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -80,12 +81,13 @@ class Config:
         self.fork_layers = tuple(sorted(layers))
         self.budget = check_budget(self.budget)
         check_routing(self.routing)
-        if self.merge not in ("probability", "residual"):
-            raise ValueError(f"merge must be 'probability' or 'residual', not {self.merge!r}")
-        if self.fade not in ("all", "forks"):
-            raise ValueError(f"fade must be 'all' or 'forks', not {self.fade!r}")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be a number from 0 to less than 1, not {self.dropout!r}")
+        for name, choices in (("merge", ("probability", "residual")), ("fade", ("all", "forks"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {getattr(self, name)!r}")
+        for name, low, high in (("margin", 0, math.inf), ("dropout", 0, 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+                raise ValueError(f"{name} must be a number from {low} to less than {high}, not {value!r}")
 
 
 class Cache:
@@ -180,7 +182,7 @@ class Fork(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.fade = layer, config.fade
+        self.layer, self.fade, self.margin = layer, config.fade, config.margin
         self.ln = nn.LayerNorm(config.n_embd, bias=False)
         self.score = nn.Linear(config.n_embd, 2, bias=False)                         # row 0 fork, row 1 keep
         self.embedding = nn.Parameter(torch.empty(config.n_embd))                    # added to a fork, not its parent
@@ -205,6 +207,7 @@ class Fork(nn.Module):
         """Which candidates survive, (B, M) bool: every original, and the extras that `routing` chooses (eqs. 4-5)."""
         original = torch.stack((torch.zeros_like(original), original), -1).flatten(1)     # (B, M): kept, not forked
         tok = tok.repeat_interleave(2, dim=1)                                        # (B, M)
+        score = score + self.margin * (torch.arange(score.size(1), device=tok.device) % 2)        # streams kept
         score = score.masked_fill(tok < 0, -math.inf)
         if routing == "topk":
             return select_topk(score, original, min(tok.size(1), quota(budget, T)))

@@ -90,6 +90,7 @@ class Settings:
     routing: str = knob("causal", "causal, or topk: the paper's, which looks at later tokens")
     merge: str = knob("probability", "probability, or residual: the authors' code")
     fade: str = knob("all", "all: the paper's; or forks: originals keep P = 1, log P enters attention undivided")
+    margin: float = knob(0.0, "0: the paper's; more: old forks stay unless new ones score this much more (nats)", low=0)
     dropout: float = knob(0.0, "share of activations dropped in training", low=0)
     batch_size: int = knob(8, "windows per step", low=1)
     max_iters: int = knob(2000, "steps", low=0)

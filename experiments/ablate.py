@@ -35,7 +35,7 @@ LOOKUP = ("--dataset lookup --block_size 48 --n_head 1 --batch_size 32 --learnin
 PLAYS = ("--dataset shakespeare --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
          "--learning_rate 4e-3 --eval_iters 100 --budget 2 ")
 TASKS = {   # train.py's flags; every arm adds its own
-    "lookup": LOOKUP + "--max_iters 2500 --budget 2",
+    "lookup": LOOKUP + "--max_iters 2000 --budget 2",
     "lookup-long": LOOKUP + "--max_iters 6000 --budget 2",
     "plays": PLAYS + "--max_iters 2000",
     "plays-long": PLAYS + "--max_iters 8000",
@@ -52,7 +52,6 @@ class Variant:
     writes: bool = True       # residual writes times P
     merge: str = ""           # residual merge: original takes that stream alone; mean divides by the sum of P
     select: str = ""          # random; or noisy: Gumbel noise of scale 1 on the scores while training
-    margin: float = 0.0       # added to the score of a fork kept, for the selection only: old forks before new ones
     keep_bias: float = 0.0    # added to the keep logit
     fork_bias: float = 0.0    # added to the fork logit
     embedding: float = 0.0    # the fork embedding's initial standard deviation, instead of 1 / sqrt(n_embd)
@@ -60,21 +59,23 @@ class Variant:
     grow: bool = False        # budget 1 for the first quarter of training, growing to its own over the second
 
 
-OURS, PAPER = "--fade forks --merge residual ", "--fade all --merge probability "
+OURS, PAPER = "--fade forks --merge residual --margin 2 ", "--fade all --merge probability --margin 0 "
 ARMS = {   # name: (flags, variant)
     "plain GPT": ("--fork_layers none", Variant()),
     "copy-2": ("--merge residual --budget 2", Variant(copies=True)),
     "bubbles": (OURS, Variant()),
     "paper's form": (PAPER, Variant()),
-    "authors' code": ("--fade all --merge residual", Variant()),
+    "authors' code": ("--fade all --merge residual --margin 0", Variant()),
+    "bubbles, margin 0": (OURS + "--margin 0", Variant()),
     "bubbles, random selection": (OURS, Variant(select="random")),
     "bubbles, no attenuation": (OURS, Variant(logits="none", values=False, writes=False)),
-    "bubbles, probability merge": ("--fade forks --merge probability", Variant()),
+    "bubbles, probability merge": (OURS + "--merge probability", Variant()),
     "bubbles, log P divided": (OURS, Variant(logits="divided")),
     "bubbles, P normalised": (OURS, Variant(originals="normalised")),
+    "authors' code, margin 2": ("--fade all --merge residual --margin 2", Variant()),
     "paper's form, no forks (r = 1)": (PAPER + "--budget 1", Variant()),
     "paper's form, originals kept": (PAPER, Variant(originals="kept")),
-    "authors' code, log P undivided": ("--fade all --merge residual", Variant(logits="undivided")),
+    "authors' code, log P undivided": ("--fade all --merge residual --margin 0", Variant(logits="undivided")),
     "paper's form, keep bias +4": (PAPER, Variant(keep_bias=4.0)),
     "copy-2, probability merge": ("--merge probability --budget 2", Variant(copies=True)),
     "copy-4": ("--merge residual --budget 4", Variant(copies=True)),
@@ -84,20 +85,16 @@ ARMS = {   # name: (flags, variant)
     "bubbles, log P not in attention": (OURS, Variant(logits="none")),
     "bubbles, values not scaled": (OURS, Variant(values=False)),
     "bubbles, writes not scaled": (OURS, Variant(writes=False)),
+    "bubbles, writes and values not scaled": (OURS, Variant(writes=False, values=False)),
     "bubbles, mean merge": (OURS, Variant(merge="mean")),
     "bubbles, original alone predicts": (OURS, Variant(merge="original")),
     "copy-2, fork embedding 0.02": ("--merge residual --budget 2", Variant(copies=True, embedding=0.02)),
     "bubbles, fork embedding 0.02": (OURS, Variant(embedding=0.02)),
     "bubbles, fork bias -2": (OURS, Variant(fork_bias=-2.0)),
     "bubbles, fork bias +2": (OURS, Variant(fork_bias=2.0)),
+    "bubbles, P near 1 at first": (OURS, Variant(fork_bias=3.0, keep_bias=3.0)),
+    "bubbles, P near 1 at first, writes not scaled": (OURS, Variant(fork_bias=3.0, keep_bias=3.0, writes=False)),
     "bubbles, scorers' learning rate / 10": (OURS, Variant(scorer_lr=0.1)),
-}
-NEAR_1 = dict(keep_bias=3.0, fork_bias=3.0)
-ARMS |= {
-    "bubbles, margin 2": (OURS, Variant(margin=2.0)),
-    "bubbles, margin 2, writes not scaled": (OURS, Variant(margin=2.0, writes=False)),
-    "bubbles, margin 2, writes and values not scaled": (OURS, Variant(margin=2.0, writes=False, values=False)),
-    "bubbles, margin 1, writes not scaled, P near 1 at first": (OURS, Variant(margin=1.0, writes=False, **NEAR_1)),
 }
 ARMS |= {"bubbles, " + name: (OURS + flags, Variant()) for name, flags in {
     "r = 1.25": "--budget 1.25", "r = 1.5": "--budget 1.5", "r = 4": "--budget 4", "elastic": "--budget 1,1.25,1.5,2",
@@ -130,7 +127,6 @@ class VariantFork(Fork):
         return torch.stack((logp + fork, logp + keep), -1).flatten(1)
 
     def select(self, score, *rest):
-        score = score + self.variant.margin * (torch.arange(score.size(1)) % 2)
         if self.variant.select == "random":
             score = torch.rand_like(score)
         elif self.variant.select == "noisy" and self.training:
