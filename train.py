@@ -297,7 +297,7 @@ def draw_loss(log, picture):
     for key, style in (("train_loss", dict(color="#6baed6")), ("val_loss", dict(color="#d95f02", marker="o"))):
         given = rows[~np.isnan(rows[key])]
         axes.plot(given["step"], given[key], label=key.replace("_", " "), **style)
-    axes.set(xlabel="step", ylabel="loss (nats per byte)")
+    axes.set(xlabel="step", ylabel="loss (nats)")
     axes.legend()
     figure.savefig(picture, dpi=120)
 

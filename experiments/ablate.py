@@ -35,8 +35,8 @@ LOOKUP = ("--dataset lookup --block_size 48 --n_head 1 --batch_size 32 --learnin
 PLAYS = ("--dataset shakespeare --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
          "--learning_rate 4e-3 --eval_iters 100 --budget 2 ")
 TASKS = {   # train.py's flags; every arm adds its own
-    "lookup": LOOKUP + "--max_iters 2000 --budget 2",
-    "lookup-long": LOOKUP + "--max_iters 6000 --budget 2",
+    "lookup": LOOKUP + "--max_iters 1500 --budget 2",
+    "lookup-long": LOOKUP + "--max_iters 4000 --budget 2",
     "plays": PLAYS + "--max_iters 2000",
     "plays-long": PLAYS + "--max_iters 8000",
 }
