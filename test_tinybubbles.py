@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinybubbles import (TIE, Cache, Config, Fork, Tinybubbles, count_earlier_at_least, quota, rotary,
+from tinybubbles import (MARGIN, TIE, Cache, Config, Fork, Tinybubbles, count_earlier_at_least, quota, rotary,
                          select_causal)
 
 SMALL = dict(vocab_size=11, block_size=24, n_layer=4, n_head=2, n_embd=16, fork_layers=(1, 2))
@@ -60,7 +60,7 @@ GOLDEN_LOGITS = """
 
 
 def test_golden_numbers_of_the_authors_jax_code():
-    model = Tinybubbles(Config(**SMALL | dict(block_size=12), routing="topk", merge="residual"))
+    model = Tinybubbles(Config(**SMALL | dict(block_size=12), form="paper", routing="topk", merge="residual"))
     names = ["wte.weight"]
     for l in range(4):
         names += [f"forks.{l}.{n}" for n in ("ln.weight", "score.weight", "embedding") if l in (1, 2)]
@@ -108,7 +108,7 @@ def oracle_choose(extras, T, budget, routing):
     return chosen
 
 
-def oracle_fork(streams, w, T, budget, routing, fade, margin):
+def oracle_fork(streams, w, T, budget, routing, form):
     """One fork layer; streams are (x, tok, logp) in order."""
     candidates, extras = [], []
     for j, (x, tok, logp) in enumerate(streams):
@@ -116,8 +116,8 @@ def oracle_fork(streams, w, T, budget, routing, fade, margin):
         fork, keep = (logp + max(-np.logaddexp(0, -a[i]), -20.0) for i in (0, 1))
         extras.append((fork, 2 * j, tok))
         if j + 1 < len(streams) and streams[j + 1][1] == tok:         # not the original: its survival is contested
-            extras.append((keep + margin, 2 * j + 1, tok))
-        elif fade == "forks":
+            extras.append((keep + MARGIN * (form == "ours"), 2 * j + 1, tok))
+        elif form == "ours":
             keep = logp
         candidates += [(x + w["embedding"], tok, fork), (x, tok, keep)]
     lost = {e[1] for e in extras} - oracle_choose(extras, T, budget, routing)
@@ -132,7 +132,7 @@ def oracle_turn(x, position):
     return np.concatenate((a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)))
 
 
-def oracle_attention(streams, w, n_head, has_scores, fade):
+def oracle_attention(streams, w, n_head, has_scores, form):
     """What attention writes to each stream, before it is scaled by P."""
     count = [sum(tok == s[1] for s in streams) for tok in range(streams[-1][1] + 1)]
     position = np.cumsum([1 / count[tok] for _, tok, _ in streams])
@@ -145,7 +145,7 @@ def oracle_attention(streams, w, n_head, has_scores, fade):
             query, logits = oracle_turn(q[h, i], position[i]), []
             for j in range(i + 1):
                 key, used = oracle_turn(k[h, j], position[j]), d - has_scores
-                logits.append(query[:used] @ key[:used] / np.sqrt(d) + streams[j][2] / (fade == "forks" or np.sqrt(d)))
+                logits.append(query[:used] @ key[:used] / np.sqrt(d) + streams[j][2] / (form == "ours" or np.sqrt(d)))
             weight = np.exp(log_softmax(np.array(logits)))
             out[i, h] = sum(weight[j] * np.exp(streams[j][2]) * v[h, j] for j in range(i + 1))
     return out.reshape(len(streams), -1) @ w["attn.proj.weight"].T
@@ -159,9 +159,9 @@ def oracle(model, idx, budget, routing):
     streams = [(weights["wte.weight"][i], t, 0.0) for t, i in enumerate(idx)]
     for l in range(c.n_layer):
         if l in c.fork_layers:
-            streams = oracle_fork(streams, part(f"forks.{l}."), T, budget, routing, c.fade, c.margin)
+            streams = oracle_fork(streams, part(f"forks.{l}."), T, budget, routing, c.form)
         w = part(f"blocks.{l}.")
-        attention = oracle_attention(streams, w, c.n_head, bool(c.fork_layers), c.fade)
+        attention = oracle_attention(streams, w, c.n_head, bool(c.fork_layers), c.form)
         streams = [(x + np.exp(logp) * attention[i], tok, logp) for i, (x, tok, logp) in enumerate(streams)]
         for i, (x, tok, logp) in enumerate(streams):
             u = w["mlp.fc.weight"] @ layer_norm(x, w["ln_2.weight"])
@@ -197,7 +197,7 @@ def test_the_model_is_its_equations(routing, merge):
         n_layer = rng.randint(1, 4)
         forks = tuple(sorted(rng.sample(range(n_layer), rng.randint(0, n_layer))))
         model = random_model(seed, n_layer=n_layer, fork_layers=forks, merge=merge, n_head=rng.choice((1, 2, 4)),
-                             fade=("all", "forks")[seed // 2 % 2], margin=seed % 3)
+                             form=("paper", "ours")[seed // 2 % 2])
         idx = tokens(seed, B=1, T=rng.randint(1, 10))[0]
         assert_matches_oracle(model, idx, rng.choice((1, 1.1, 1.25, 1.5, 1.7, 2, 2.5, 3, 4, 9.9)), routing)
 
@@ -213,13 +213,13 @@ def test_equal_scores_are_settled_as_in_the_equations(routing, slope):
 
 
 def test_the_worked_example_of_the_readme():
-    """Four tokens a b c d, budget 1.5: E(t) = 1, 1, 2, 2 extras; layer 1 forks, layer 2 forks, keeps and deletes."""
+    """Four tokens a b c d, budget 1.5: E(t) = 1, 1, 2, 2 extras; layer 1 forks, layer 2 keeps, deletes and forks."""
     config = Config(**SMALL | dict(budget=1.5))
     assert [quota(1.5, t) - t for t in (1, 2, 3, 4)] == [1, 1, 2, 2]
     x, tok, logp = torch.zeros(1, 4, 16), torch.arange(4)[None], torch.zeros(1, 4)
     table = [  # (fork, keep) probabilities of every stream
-        [(.2, .9), (.9, .9), (.6, .9), (.7, .9)],                                   # a b c d
-        [(.4, .8), (.6, .9), (.5, .9), (.2, .3), (.4, .9), (.8, .9)],               # a' a b c' c d
+        [(.2, 1), (.9, 1), (.6, 1), (.7, 1)],                                       # a b c d
+        [(.4, .8), (.6, 1), (.5, 1), (.2, .1), (.4, 1), (.8, 1)],                   # a' a b c' c d
     ]
     for rows, owners, positions in zip(table, ([0, 0, 1, 2, 2, 3], [0, 0, 1, 2, 3, 3]),
                                        ([.5, 1, 2, 2.5, 3, 4], [.5, 1, 2, 3, 3.5, 4])):
@@ -234,7 +234,7 @@ def test_the_worked_example_of_the_readme():
         if len(rows) == 4:
             assert topk.tolist() == [[0, 1, 1, 2, 3, 3]]                            # b and d, who came too late for us
             assert x[0, :, 0].tolist() == [1, 0, 0, 1, 0, 0]                        # a fork stands left of its parent
-    assert logp.exp().tolist() == [pytest.approx([.54, .81, .81, .81, .72, .81])]   # a' and c' were deleted
+    assert logp.exp().tolist() == [pytest.approx([.16, 1, 1, 1, .8, 1])]            # c' was deleted, d forked
 
 
 # -- selection -------------------------------------------------------------------------------------------------------
@@ -286,8 +286,7 @@ def first_change(model, idx, t, **call):
 
 def test_a_later_token_never_changes_an_earlier_logit():
     for seed in range(6):
-        model = random_model(seed, merge=("probability", "residual")[seed % 2], fade=("all", "forks")[seed // 2 % 2],
-                             margin=seed % 3)
+        model = random_model(seed, merge=("probability", "residual")[seed % 2], form=("paper", "ours")[seed // 2 % 2])
         idx = tokens(seed)
         assert all(first_change(model, idx, t, budget=r) < 1e-5 for t in range(1, 12) for r in (1, 1.3, 2, 3))
 
@@ -315,7 +314,7 @@ def test_cached_logits_equal_full_logits(merge):
     rng, ragged = random.Random(merge), 0
     for seed in range(24):
         model = random_model(seed, merge=merge, fork_layers=((1, 2), (0, 1, 3), (2,), (0, 1, 2, 3))[seed % 4],
-                             fade=("all", "forks")[seed // 2 % 2], margin=seed % 3)
+                             form=("paper", "ours")[seed // 2 % 2])
         idx, budget, streams = tokens(seed, B=3, T=rng.randint(1, 24)), rng.choice((1, 1.1, 1.5, 2, 2.7, 3, 4)), []
         full = model(idx, budget=budget, streams=streams)[0]
         ragged += len({int(n) for n in (streams[-1][0] >= 0).sum(1)}) > 1
@@ -372,9 +371,9 @@ def test_equal_scores_are_settled_alike_in_every_chunking():
 
 def test_a_budget_of_one_keeps_exactly_the_originals():
     streams, idx = [], tokens(5)
-    random_model(5)(idx, budget=1, streams=streams)
+    random_model(5, form="paper")(idx, budget=1, streams=streams)
     assert all(torch.equal(tok, torch.arange(12).expand(2, 12)) for tok, _ in streams)
-    assert (streams[0][1] == 0).all() and (streams[-1][1] < 0).all()                  # and still fades them
+    assert (streams[0][1] == 0).all() and (streams[-1][1] < 0).all()                  # the paper's: it still fades them
 
 
 def test_a_budget_beyond_all_forks_forks_everything():

@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+MARGIN = 2.0         # an old fork, kept, gives way only to extras that score this much more: exp(2) = 7.4 times its P
 MIN_SCORE = -20.0    # one fork layer multiplies P by exp(-20) at the least
 TIE = 5e-6           # scores of two tokens this close are equal: rounding must not choose, it differs between chunkings
 PADDING = -1e4       # logp of padding: P = 0 exactly, and no query attends to it; finite, so gradients stay finite too
@@ -57,9 +58,8 @@ class Config:
     fork_layers: tuple = (1, 2, 3)              # fork before these blocks, counted from 0; () is a plain GPT
     budget: float = 2.0                         # streams per token; 1 = every token keeps its original alone
     routing: str = "causal"                     # or "topk": the paper's, which looks at later tokens
-    merge: str = "probability"                  # or "residual": the authors' code
-    fade: str = "all"                           # the paper's; or "forks": originals keep P = 1, log P is not divided
-    margin: float = 0.0                         # the paper's; more: old forks stay unless new ones score this much more
+    form: str = "ours"                          # originals keep P = 1, log P undivided, a margin; or "paper": none of it
+    merge: str = ""                             # "residual" (ours, the authors' code) or "probability" (paper); "": form's
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -81,13 +81,13 @@ class Config:
         self.fork_layers = tuple(sorted(layers))
         self.budget = check_budget(self.budget)
         check_routing(self.routing)
-        for name, choices in (("merge", ("probability", "residual")), ("fade", ("all", "forks"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {getattr(self, name)!r}")
-        for name, low, high in (("margin", 0, math.inf), ("dropout", 0, 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-                raise ValueError(f"{name} must be a number from {low} to less than {high}, not {value!r}")
+        if self.form not in ("ours", "paper"):
+            raise ValueError(f"form must be 'ours' or 'paper', not {self.form!r}")
+        self.merge = self.merge or {"ours": "residual", "paper": "probability"}[self.form]
+        if self.merge not in ("probability", "residual"):
+            raise ValueError(f"merge must be 'probability' or 'residual', not {self.merge!r}")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number from 0 to less than 1, not {self.dropout!r}")
 
 
 class Cache:
@@ -182,7 +182,7 @@ class Fork(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.fade, self.margin = layer, config.fade, config.margin
+        self.layer, self.fades, self.margin = layer, config.form == "paper", MARGIN if config.form == "ours" else 0.0
         self.ln = nn.LayerNorm(config.n_embd, bias=False)
         self.score = nn.Linear(config.n_embd, 2, bias=False)                         # row 0 fork, row 1 keep
         self.embedding = nn.Parameter(torch.empty(config.n_embd))                    # added to a fork, not its parent
@@ -199,7 +199,7 @@ class Fork(nn.Module):
         than a matmul: the same stream scores the same bits in any chunk, so equal scores stay equal when decoding."""
         a = (self.ln(x).float().unsqueeze(-2) * self.score.weight.float()).sum(-1)   # (B, N, 2)
         fork, keep = F.logsigmoid(a).clamp(min=MIN_SCORE).unbind(-1)                 # (B, N) each
-        if self.fade == "forks":
+        if not self.fades:
             keep = keep.masked_fill(original, 0.0)                                   # an original's P stays 1
         return torch.stack((logp + fork, logp + keep), -1).flatten(1)
 
@@ -207,7 +207,7 @@ class Fork(nn.Module):
         """Which candidates survive, (B, M) bool: every original, and the extras that `routing` chooses (eqs. 4-5)."""
         original = torch.stack((torch.zeros_like(original), original), -1).flatten(1)     # (B, M): kept, not forked
         tok = tok.repeat_interleave(2, dim=1)                                        # (B, M)
-        score = score + self.margin * (torch.arange(score.size(1), device=tok.device) % 2)        # streams kept
+        score = score + self.margin * (torch.arange(score.size(1), device=tok.device) % 2)        # those kept, not forked
         score = score.masked_fill(tok < 0, -math.inf)
         if routing == "topk":
             return select_topk(score, original, min(tok.size(1), quota(budget, T)))
@@ -257,13 +257,13 @@ def rotate(x, cos, sin):
 class CausalSelfAttention(nn.Module):
     """Score-attenuated attention (eqs. 7-8): logits (q k^T + logp_key) / sqrt(d), values times P. The last channel of
     each head carries the score: q = 1, k = logp there. So any fused attention kernel serves, with no mask tensor.
-    fade = "forks" adds logp undivided: then a fork's attention ends as its P does, and deleting it changes nothing."""
+    Our form adds logp undivided: then a fork's attention ends as its P does, and deleting it changes nothing."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
         self.has_scores = bool(config.fork_layers)                                   # a plain GPT keeps all channels
-        self.score_scale = math.sqrt(config.n_embd // config.n_head) if config.fade == "forks" else 1.0
+        self.score_scale = math.sqrt(config.n_embd // config.n_head) if config.form == "ours" else 1.0
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 

@@ -46,8 +46,9 @@ TASKS = {   # train.py's flags; every arm adds its own
 class Variant:
     """What an arm changes that is no flag of train.py. The defaults change nothing."""
     copies: bool = False      # no scores: every fork layer doubles all streams, if the budget allows (copy-N)
-    originals: str = ""       # faded; kept: P = 1; normalised: P of a token's streams sums to 1; "": as --fade says
-    logits: str = ""          # log P in attention: divided by sqrt(d), undivided, or none; "": as --fade says
+    originals: str = ""       # faded; kept: P = 1; normalised: P of a token's streams sums to 1; "": as --form says
+    logits: str = ""          # log P in attention: divided by sqrt(d), undivided, or none; "": as --form says
+    margin: float = -1.0      # of old forks in the selection; -1: as --form says
     values: bool = True       # attention's values times P
     writes: bool = True       # residual writes times P
     merge: str = ""           # residual merge: original takes that stream alone; mean divides by the sum of P
@@ -59,23 +60,23 @@ class Variant:
     grow: bool = False        # budget 1 for the first quarter of training, growing to its own over the second
 
 
-OURS, PAPER = "--fade forks --merge residual --margin 2 ", "--fade all --merge probability --margin 0 "
+OURS, PAPER, AUTHORS = "--form ours ", "--form paper ", "--form paper --merge residual "
 ARMS = {   # name: (flags, variant)
     "plain GPT": ("--fork_layers none", Variant()),
     "copy-2": ("--merge residual --budget 2", Variant(copies=True)),
     "bubbles": (OURS, Variant()),
     "paper's form": (PAPER, Variant()),
-    "authors' code": ("--fade all --merge residual --margin 0", Variant()),
-    "bubbles, margin 0": (OURS + "--margin 0", Variant()),
+    "authors' code": (AUTHORS, Variant()),
+    "bubbles, margin 0": (OURS, Variant(margin=0.0)),
     "bubbles, random selection": (OURS, Variant(select="random")),
     "bubbles, no attenuation": (OURS, Variant(logits="none", values=False, writes=False)),
     "bubbles, probability merge": (OURS + "--merge probability", Variant()),
     "bubbles, log P divided": (OURS, Variant(logits="divided")),
     "bubbles, P normalised": (OURS, Variant(originals="normalised")),
-    "authors' code, margin 2": ("--fade all --merge residual --margin 2", Variant()),
+    "authors' code, margin 2": (AUTHORS, Variant(margin=2.0)),
     "paper's form, no forks (r = 1)": (PAPER + "--budget 1", Variant()),
     "paper's form, originals kept": (PAPER, Variant(originals="kept")),
-    "authors' code, log P undivided": ("--fade all --merge residual --margin 0", Variant(logits="undivided")),
+    "authors' code, log P undivided": (AUTHORS, Variant(logits="undivided")),
     "paper's form, keep bias +4": (PAPER, Variant(keep_bias=4.0)),
     "copy-2, probability merge": ("--merge probability --budget 2", Variant(copies=True)),
     "copy-4": ("--merge residual --budget 4", Variant(copies=True)),
@@ -122,7 +123,7 @@ class VariantFork(Fork):
         v = self.variant
         a = (self.ln(x).float().unsqueeze(-2) * self.score.weight.float()).sum(-1)   # (B, N, 2)
         fork, keep = F.logsigmoid(a + a.new_tensor((v.fork_bias, v.keep_bias))).clamp(min=MIN_SCORE).unbind(-1)
-        if (v.originals or {"all": "faded", "forks": "kept"}[self.fade]) != "faded":
+        if (v.originals or ("faded" if self.fades else "kept")) != "faded":
             keep = keep.masked_fill(original, 0.0)
         return torch.stack((logp + fork, logp + keep), -1).flatten(1)
 
@@ -184,8 +185,10 @@ def vary(model, variant):
     for module in list(model.modules()) if model.config.fork_layers else []:
         if type(module) in kinds:
             module.__class__, module.variant = kinds[type(module)], variant
-    for fork in model.forks.values() if variant.embedding else []:
-        fork.embedding.data.mul_(variant.embedding * model.config.n_embd ** 0.5)
+    for fork in model.forks.values():
+        fork.margin = fork.margin if variant.margin == -1 else variant.margin
+        if variant.embedding:
+            fork.embedding.data.mul_(variant.embedding * model.config.n_embd ** 0.5)
 
 
 # -- what a trained model does with its streams -----------------------------------------------------------------------

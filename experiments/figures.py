@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT))
 from tinybubbles import Config, Fork  # noqa: E402
 
 TOKENS, BUDGET = "abcd", 1.5
-SCORES = [  # (fork, keep) probabilities of every stream
-    [(.2, .9), (.9, .9), (.6, .9), (.7, .9)],                         # at the first fork layer: a b c d
-    [(.4, .8), (.6, .9), (.5, .9), (.2, .3), (.4, .9), (.8, .9)],     # at the second: a' a b c' c d
+SCORES = [  # (fork, keep) probabilities of every stream; originals are always kept
+    [(.2, 1), (.9, 1), (.6, 1), (.7, 1)],                             # at the first fork layer: a b c d
+    [(.4, .8), (.6, 1), (.5, 1), (.2, .1), (.4, 1), (.8, 1)],         # at the second: a' a b c' c d
 ]
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]                 # Okabe and Ito's, safe for colour-blind readers
 
@@ -75,8 +75,8 @@ def draw_method(path):
         axes.text(0.02, y, text, va="center", fontsize=10, fontweight="bold", color="#333333")
     axes.set(xlim=(0, 4.5), ylim=(-0.45, 4.65), yticks=[], xticks=[0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4])
     axes.set_xlabel("rotary position")
-    axes.set_title(f"Four tokens at a budget of {BUDGET} streams per token: a and c fork; then both forks are deleted, "
-                   "and a and d fork", fontsize=11)
+    axes.set_title(f"Four tokens at a budget of {BUDGET} streams per token: a and c fork; then a keeps its fork, c's is "
+                   "deleted, and d forks", fontsize=11)
     for side in ("left", "top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=130, facecolor="white")

@@ -12,7 +12,7 @@ import ablate  # noqa: E402
 from ablate import ARMS, Variant  # noqa: E402
 from tinybubbles import Config, Tinybubbles, logsumexp_per_token  # noqa: E402
 
-CONFIG = Config(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=16, fork_layers=(0, 1), merge="residual")
+CONFIG = Config(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=16, fork_layers=(0, 1), form="paper", merge="residual")
 
 
 def model(variant, **changes):
@@ -38,13 +38,13 @@ def streams_of(m, **call):
     return tok, logp.exp() * (tok >= 0)
 
 
-@pytest.mark.parametrize("fade", ["all", "forks"])
+@pytest.mark.parametrize("form", ["ours", "paper"])
 @pytest.mark.parametrize("merge", ["probability", "residual"])
 @pytest.mark.parametrize("routing", ["causal", "topk"])
-def test_the_default_variant_changes_nothing(fade, merge, routing):
+def test_the_default_variant_changes_nothing(form, merge, routing):
     losses = []
     for variant in (None, Variant()):
-        m = model(variant, fade=fade, merge=merge, routing=routing)
+        m = model(variant, form=form, merge=merge, routing=routing)
         loss = m(tokens(), tokens().roll(-1, 1))[1]
         loss.backward()
         losses.append((loss.item(), *(p.grad.norm().item() for p in m.parameters())))

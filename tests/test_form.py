@@ -3,17 +3,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tinybubbles import Config, Tinybubbles
-
-PAPER = dict(fade="all", margin=0.0, merge="probability")
-OURS = dict(fade="forks", margin=2.0, merge="residual")
+from tinybubbles import MARGIN, Config, Tinybubbles
 
 
-def fresh(form, scorers=1.0, **changes):
+def fresh(form, scorers=1.0):
     """A model as training finds it, its scorers' weights multiplied."""
     torch.manual_seed(0)
-    model = Tinybubbles(Config(**{**dict(block_size=64, n_layer=3, n_head=2, n_embd=64, fork_layers=(0, 1)), **form,
-                                  **changes}))
+    model = Tinybubbles(Config(block_size=64, n_layer=3, n_head=2, n_embd=64, fork_layers=(0, 1), form=form))
     for fork in model.forks.values():
         fork.score.weight.data.mul_(scorers)
     return model
@@ -23,9 +19,11 @@ def text():
     return torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(1))
 
 
-def old_forks_kept(model):
+def old_forks_kept(margin):
     """The share of the first fork layer's forks that outlive the second, at r = 2: every token has one to lose."""
-    kept, fork = [], model.forks["1"]
+    model, kept = fresh("ours"), []
+    fork = model.forks["1"]
+    fork.margin = margin
     select = fork.select
     fork.select = lambda score, original, *rest: kept.append((~original, select(score, original, *rest))) or kept[-1][1]
     model(text())
@@ -35,16 +33,16 @@ def old_forks_kept(model):
 
 def test_without_a_margin_new_forks_replace_the_old_ones_and_with_it_they_do_not():
     """A cumulative score only falls: an old fork's was multiplied twice, a new fork's of an original once."""
-    assert old_forks_kept(fresh(OURS, margin=0.0)) < 0.05 and old_forks_kept(fresh(OURS)) > 0.95
+    assert old_forks_kept(0.0) < 0.05 and old_forks_kept(MARGIN) > 0.95
 
 
 def test_at_budget_1_the_default_form_is_a_gpt_that_its_scorers_cannot_change_and_the_papers_is_not():
-    for form, same in ((OURS, True), (PAPER, False)):
+    for form, same in (("ours", True), ("paper", False)):
         losses = [fresh(form, scorers)(text(), text(), budget=1)[1].item() for scorers in (0.0, 100.0)]
         assert (losses[0] == losses[1]) == same
 
 
-@pytest.mark.parametrize("form", [OURS, PAPER], ids=["default", "paper"])
+@pytest.mark.parametrize("form", ["ours", "paper"])
 def test_a_fork_whose_p_ends_leaves_attention_in_the_default_form_and_holds_a_share_in_the_papers(form):
     """A fork beside its original, equal keys, P = e^-20: its share of the original's attention, d = 32."""
     model = fresh(form)
@@ -56,5 +54,10 @@ def test_a_fork_whose_p_ends_leaves_attention_in_the_default_form_and_holds_a_sh
         attn(x, torch.tensor([[-20.0, 0.0]]), (torch.ones(1, 1, 2, 16), torch.zeros(1, 1, 2, 16)), None)
     finally:
         F.scaled_dot_product_attention = attention
-    expected = torch.tensor([-20.0 / (1 if form is OURS else 32 ** 0.5), 0.0]).softmax(0)[0].item()
-    assert seen[0] == pytest.approx(expected, rel=1e-4) and (seen[0] < 1e-8 if form is OURS else seen[0] > 0.02)
+    expected = torch.tensor([-20.0 / (1 if form == "ours" else 32 ** 0.5), 0.0]).softmax(0)[0].item()
+    assert seen[0] == pytest.approx(expected, rel=1e-4) and (seen[0] < 1e-8 if form == "ours" else seen[0] > 0.02)
+
+
+def test_each_form_brings_its_merge_and_a_merge_can_be_asked_for():
+    merges = [Config(form=form, merge=merge).merge for form in ("ours", "paper") for merge in ("", "residual")]
+    assert merges == ["residual", "residual", "probability", "residual"] and Config().form == "ours"

@@ -6,7 +6,7 @@ import torch
 import train
 
 FLAGS = ("--dataset lookup --n_layer 2 --n_head 1 --n_embd 16 --fork_layers 0,1 --learning_rate 1e-2 --min_lr 5e-4 "
-         "--eval_iters 8 --batch_size 16 --device cpu --merge residual --fade forks").split()
+         "--eval_iters 8 --batch_size 16 --device cpu").split()
 
 
 @pytest.fixture

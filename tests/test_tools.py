@@ -129,10 +129,10 @@ def test_the_table_of_the_readme_is_made_and_made_only_once(folder, monkeypatch)
 
 def test_every_number_and_option_of_the_model_can_be_set_from_the_command_line(folder):
     flags = ("--n_layer=4 --n-head 1 --n_embd 24 --fork_layers 3,0 --routing topk --merge residual --dropout 0.25 "
-             "--budget 1,3,2 --lr_decay_iters 3 --fade forks --margin 1.5")
+             "--budget 1,3,2 --lr_decay_iters 3 --form paper")
     checkpoint = train_here(*flags.split())
     config = Config(block_size=16, n_layer=4, n_head=1, n_embd=24, fork_layers=(0, 3), routing="topk", merge="residual",
-                    dropout=0.25, budget=3.0, fade="forks", margin=1.5)
+                    dropout=0.25, budget=3.0, form="paper")
     assert Config(**checkpoint["config"]) == config
     assert train_here("--fork_layers", "none")["config"]["fork_layers"] == ()
 
@@ -258,7 +258,7 @@ def test_plays_that_cannot_be_had_or_trusted_are_refused(folder, monkeypatch, ca
 
 BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", "--budget 2,inf", "--budget ,",
              "--fork_layers 3", "--fork_layers 1,1", "--fork_layers one", "--n_embd 15", "--n_head 0", "--n_layer 1.5",
-             "--routing best", "--merge mean", "--fade none", "--margin -1", "--margin inf", "--dropout 1",
+             "--routing best", "--merge mean", "--form none", "--dropout 1",
              "--dataset lookup", "--dtype float16", "--device tpu", "--compile maybe",
              "--seed -1", "--seed 99999999999999999999", "--dataset nowhere", "--dataset data", "--dataset empty",
              "--dataset short", "--block_size 4000", "--out_dir text.txt", "--learning_rate inf", "--unknown 1",
