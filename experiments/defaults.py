@@ -1,5 +1,5 @@
 """
-The default run of train.py beside the same run with no fork layers and with the paper's top-k rule, over seeds:
+The default run of train.py beside the same run with no fork layers, in the paper's form, and with its top-k rule:
 python experiments/defaults.py
 
 Trains what is not trained yet (a few minutes each), measures every checkpoint with decode_loss.py, and writes
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from train import knob, read_flags  # noqa: E402
 
-ARMS = {"bubbles, causal (the default)": [], "plain GPT (no fork layers)": ["--fork_layers", "none"],
-        "bubbles, topk (the paper's rule)": ["--routing", "topk"]}
+ARMS = {"bubbles (the default)": [], "plain GPT (no fork layers)": ["--fork_layers", "none"],
+        "the paper's form": ["--form", "paper"], "the paper's form, topk": ["--form", "paper", "--routing", "topk"]}
 KEYS = ["causal, teacher-forced", "causal, cached, token by token", "topk, teacher-forced",
         "topk, token by token, recomputed"]
 
@@ -66,7 +66,6 @@ def table(runs, seeds):
         cells = [f"{mine[0]['parameters']:,}", *(spread([run[key] for run in mine]) for key in ["val_loss", *KEYS])]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     one, worst = runs[0], max(run["largest difference of a cached log-probability"] for run in runs)
-    one = runs[0]
     lines += ["", f"Nats per byte, mean (lowest to highest) over seeds {', '.join(map(str, seeds))}, after "
               f"{one['steps']} steps. Validation loss: over train.py's evaluation windows. The other columns: over "
               f"{one['windows']} windows of {one['block_size']} bytes. The largest difference between a cached "

@@ -12,7 +12,8 @@ import ablate  # noqa: E402
 from ablate import ARMS, Variant  # noqa: E402
 from tinybubbles import Config, Tinybubbles, logsumexp_per_token  # noqa: E402
 
-CONFIG = Config(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=16, fork_layers=(0, 1), form="paper", merge="residual")
+CONFIG = Config(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=16, fork_layers=(0, 1), form="paper",
+                merge="residual")
 
 
 def model(variant, **changes):

@@ -103,9 +103,12 @@ def test_every_command_of_the_readme_runs(folder):
         Path(name).write_text(VERSE * 20, "utf-8")
     train_here()
     small = {"train.py": [*TINY, "--compile", "false"], "sample.py": ["--max_new_tokens", "5"],
-             "experiments/figures.py": ["pictures"], "experiments/decode_loss.py": ["--windows", "2"]}
+             "experiments/figures.py": ["pictures"], "experiments/decode_loss.py": ["--windows", "2"],
+             "experiments/ablate.py": ["--seeds", "0", "--arms", "bubbles", "--results", "pictures", "--flags",
+                                       "--max_iters 2 --batch_size 2 --eval_iters 4"]}
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda parts: run(*parts[1:], *small[parts[1]]), map(shlex.split, commands)))
+        list(pool.map(lambda parts: run(*parts[1:], *small[parts[1]], *["--block_size=48"] * ("--dataset" in parts)),
+                      map(shlex.split, commands)))
 
 
 def test_the_table_of_the_readme_is_made_and_made_only_once(folder, monkeypatch):
@@ -118,13 +121,13 @@ def test_the_table_of_the_readme_is_made_and_made_only_once(folder, monkeypatch)
     calls, flags = [], ["--flags", " ".join(TINY), "--windows", "2", "--results", "results", "--seeds", "0"]
     monkeypatch.setattr(defaults, "python", in_this_process)
     defaults.main(flags)
-    assert calls.count("train.py") == 3 and len(json.loads(Path("results/defaults.json").read_text())) == 3
-    rows = Path("results/defaults.md").read_text().splitlines()[2:5]
+    assert calls.count("train.py") == 4 and len(json.loads(Path("results/defaults.json").read_text())) == 4
+    rows = Path("results/defaults.md").read_text().splitlines()[2:6]
     assert [row.split(" | ")[0] for row in rows] == ["| " + arm for arm in defaults.ARMS]
-    for row in rows[:2]:                                              # causal and plain: decoded = teacher-forced
+    for row in rows[:3]:                                              # causal and plain: decoded = teacher-forced
         assert row.split(" | ")[3] == row.split(" | ")[4]
     defaults.main(flags)
-    assert calls.count("train.py") == 3 and calls.count("experiments/decode_loss.py") == 6
+    assert calls.count("train.py") == 4 and calls.count("experiments/decode_loss.py") == 8
 
 
 def test_every_number_and_option_of_the_model_can_be_set_from_the_command_line(folder):
