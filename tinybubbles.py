@@ -30,6 +30,7 @@ from torch.nn import functional as F
 MARGIN = 2.0         # an old fork, kept, gives way only to extras that score this much more: exp(2) = 7.4 times its P
 MIN_SCORE = -20.0    # one fork layer multiplies P by exp(-20) at the least
 TIE = 5e-6           # scores of two tokens this close are equal: rounding must not choose, it differs between chunkings
+ROUTINGS = "causal", "topk"
 PADDING = -1e4       # logp of padding: P = 0 exactly, and no query attends to it; finite, so gradients stay finite too
 
 
@@ -40,11 +41,11 @@ def check_budget(budget):
     return float(budget)
 
 
-def check_routing(routing):
-    """Return `routing`, or raise ValueError unless it names a selection rule."""
-    if routing not in ("causal", "topk"):
-        raise ValueError(f"routing must be 'causal' or 'topk', not {routing!r}")
-    return routing
+def check_choice(name, value, *choices):
+    """Return `value`, or raise ValueError unless it is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
+    return value
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Config:
     fork_layers: tuple = (1, 2, 3)              # fork before these blocks, counted from 0; () is a plain GPT
     budget: float = 2.0                         # streams per token; 1 = every token keeps its original alone
     routing: str = "causal"                     # or "topk": the paper's, which looks at later tokens
-    form: str = "ours"                          # originals keep P = 1, log P undivided, a margin; or "paper": none of it
-    merge: str = ""                             # "residual" (ours, the authors' code) or "probability" (paper); "": form's
+    form: str = "ours"                          # originals keep P = 1, log P undivided, MARGIN; or "paper": none of it
+    merge: str = ""                             # "residual" (ours, authors' code), "probability" (paper); "": form's
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -80,12 +81,10 @@ class Config:
             raise ValueError(f"fork_layers must not name a layer twice: {layers!r}")
         self.fork_layers = tuple(sorted(layers))
         self.budget = check_budget(self.budget)
-        check_routing(self.routing)
-        if self.form not in ("ours", "paper"):
-            raise ValueError(f"form must be 'ours' or 'paper', not {self.form!r}")
-        self.merge = self.merge or {"ours": "residual", "paper": "probability"}[self.form]
-        if self.merge not in ("probability", "residual"):
-            raise ValueError(f"merge must be 'probability' or 'residual', not {self.merge!r}")
+        check_choice("routing", self.routing, *ROUTINGS)
+        check_choice("form", self.form, "ours", "paper")
+        self.merge = self.merge or ("residual" if self.form == "ours" else "probability")
+        check_choice("merge", self.merge, "probability", "residual")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number from 0 to less than 1, not {self.dropout!r}")
 
@@ -207,7 +206,7 @@ class Fork(nn.Module):
         """Which candidates survive, (B, M) bool: every original, and the extras that `routing` chooses (eqs. 4-5)."""
         original = torch.stack((torch.zeros_like(original), original), -1).flatten(1)     # (B, M): kept, not forked
         tok = tok.repeat_interleave(2, dim=1)                                        # (B, M)
-        score = score + self.margin * (torch.arange(score.size(1), device=tok.device) % 2)        # those kept, not forked
+        score = score + self.margin * (torch.arange(score.size(1), device=tok.device) % 2)    # of streams kept
         score = score.masked_fill(tok < 0, -math.inf)
         if routing == "topk":
             return select_topk(score, original, min(tok.size(1), quota(budget, T)))
@@ -392,7 +391,7 @@ class Tinybubbles(nn.Module):
     def check_call(self, idx, budget, routing, cache):
         """Refuse what a call cannot do; return its budget, its routing and the number of tokens before it."""
         budget = check_budget(self.config.budget if budget is None else budget)
-        routing = check_routing(self.config.routing if routing is None else routing)
+        routing = check_choice("routing", self.config.routing if routing is None else routing, *ROUTINGS)
         start = 0 if cache is None else cache.length
         if idx.dim() != 2 or idx.size(1) == 0 or start + idx.size(1) > self.config.block_size:
             raise ValueError(f"idx must be (B, T) with 1 <= T <= block_size - cache.length = {self.config.block_size}"

@@ -100,6 +100,8 @@ ARMS = {   # name: (flags, variant)
 ARMS |= {"bubbles, " + name: (OURS + flags, Variant()) for name, flags in {
     "r = 1.25": "--budget 1.25", "r = 1.5": "--budget 1.5", "r = 4": "--budget 4", "elastic": "--budget 1,1.25,1.5,2",
     "one fork layer": "--fork_layers 1"}.items()}
+MAIN = ["plain GPT", "copy-2", "bubbles", "paper's form", "authors' code", "bubbles, margin 0",
+        "bubbles, probability merge", "bubbles, random selection", "bubbles, P near 1 at first, writes not scaled"]
 
 
 # -- the variants -----------------------------------------------------------------------------------------------------
@@ -384,7 +386,7 @@ def draw(runs, path):
 class Settings:
     task: str = knob("lookup", ", ".join(TASKS))
     seeds: tuple = knob((0, 1, 2, 3, 4), "seeds of each arm, ten at most", "ints", low=0)
-    arms: str = knob("all", "all, or some names, separated by ;")
+    arms: str = knob("main", "main (nine of them), all, or some names, separated by ;")
     runs: str = knob("out-ablate", "where the runs' JSON files go")
     results: str = knob(str(ROOT / "experiments" / "results"), "where ablate_TASK.json, .md and .png go")
     flags: str = knob("", "more flags for every run of train.py, in quotes")
@@ -397,7 +399,7 @@ def check(s):
         refuse(f"--task must be one of {', '.join(TASKS)}, not {s.task!r}")
     if not 1 <= len(set(s.seeds)) <= 10 or len(set(s.seeds)) < len(s.seeds):
         refuse(f"--seeds must name one to ten seeds, each once, not {','.join(map(str, s.seeds))}")
-    names = list(ARMS) if s.arms == "all" else [name.strip() for name in s.arms.split(";")]
+    names = dict(main=MAIN, all=list(ARMS)).get(s.arms) or [name.strip() for name in s.arms.split(";")]
     for name in names:
         if name not in ARMS:
             refuse(f"--arms: there is no arm {name!r}; there are: {'; '.join(ARMS)}")
