@@ -89,7 +89,7 @@ class Settings:
     budget: tuple = knob((2.0,), "streams per token; several = elastic training, one drawn per step", "floats", low=1)
     routing: str = knob("causal", "causal, or topk: the paper's, which looks at later tokens")
     form: str = knob("ours", "ours, or paper: originals fade too, log P / sqrt(d), old forks have no margin")
-    merge: str = knob("", "residual (ours, and the authors' code) or probability (paper); default: the form's")
+    merge: str = knob(None, "residual (ours, the authors' code) or probability (paper); default: the form's", "str")
     dropout: float = knob(0.0, "share of activations dropped in training", low=0)
     batch_size: int = knob(8, "windows per step", low=1)
     max_iters: int = knob(2000, "steps", low=0)
