@@ -304,10 +304,10 @@ def interval(values):
     return float(np.mean(values)), T95[n - 2] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
 
 
-def differences(runs, arm):
-    """Validation loss of the arm less that of the plain GPT, seed by seed."""
-    base = {run["seed"]: run["val_loss"] for run in runs if run["arm"] == "plain GPT"}
-    return [run["val_loss"] - base[run["seed"]] for run in runs if run["arm"] == arm and run["seed"] in base]
+def differences(runs, arm, base="plain GPT"):
+    """Validation loss of the arm less that of the base arm, seed by seed; nothing for the base itself."""
+    loss = {run["seed"]: run["val_loss"] for run in runs if run["arm"] == base != arm}
+    return [run["val_loss"] - loss[run["seed"]] for run in runs if run["arm"] == arm and run["seed"] in loss]
 
 
 def cell(values, sign=""):
@@ -340,9 +340,10 @@ def summaries(runs):
     for arm in ARMS:
         mine = [run for run in runs if run["arm"] == arm]
         if mine:
-            less = differences(runs, arm)
+            less, less_bubbles = differences(runs, arm), differences(runs, arm, "bubbles")
             yield {"arm": arm, "seeds": str(len(mine)), "loss": cell([run["val_loss"] for run in mine]),
-                   "less the GPT's": cell(less, "+") if less and arm != "plain GPT" else "",
+                   "less the GPT's": cell(less, "+") if less else "",
+                   "less bubbles'": cell(less_bubbles, "+") if less_bubbles else "",
                    **{name: mean_of(mine, key) for name, key in COLUMNS.items()},
                    "tokens changed by a step": mean_of(mine, "flips", ".1%"),
                    "scorers' gradient": mean_of(mine, "scorer_gradient", ".1%")}
@@ -362,8 +363,8 @@ def table(runs):
 def draw(runs, path):
     """Every arm's difference to the plain GPT: a dot a seed, a bar for the 95 % interval."""
     from matplotlib.figure import Figure
-    arms = [arm for arm in ARMS if arm != "plain GPT" and differences(runs, arm)]
-    figure = Figure(figsize=(8, 0.9 + 0.26 * len(arms)), layout="constrained", facecolor="white")
+    arms = [arm for arm in ARMS if differences(runs, arm)]
+    figure = Figure(figsize=(8, 1.1 + 0.26 * len(arms)), layout="constrained", facecolor="white")
     axes = figure.subplots()
     axes.axvline(0, color="black", linewidth=1)
     for y, arm in enumerate(reversed(arms)):
@@ -375,8 +376,8 @@ def draw(runs, path):
     axes.set_yticks(range(len(arms)), reversed(arms))
     axes.set_ylim(-0.7, len(arms) - 0.3)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel(f"{runs[0]['task']}: validation loss less the plain GPT's (nats); better to the left. Dots: seeds; "
-                    "bars: 95 %", fontsize=9)
+    axes.set_xlabel(f"{runs[0]['task']}: validation loss less the plain GPT's, nats (left is better)\n"
+                    "dots: seeds; bars: 95 % intervals of the mean")
     figure.savefig(path, dpi=130)
 
 
