@@ -5,7 +5,7 @@ import codecs
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -33,6 +33,8 @@ def load_model(path, device):
         refuse(f"there is no checkpoint {path}; run train.py first, or name its folder with --out_dir")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint["config"].keys() != {f.name for f in fields(Config)}:
+            raise ValueError("its configuration is another version's")
         model = Tinybubbles(Config(**checkpoint["config"])).to(device)
         model.load_state_dict(checkpoint["model"])
         if model.config.vocab_size != 256:

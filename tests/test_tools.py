@@ -268,7 +268,8 @@ BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", 
              "--max_iter 3", "word", "--eval_interval 0", "--eval_iters 0", "--lr_decay_iters 0", "--batch_size"]
 BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
               "--max_new_tokens -5", "--out_dir nowhere", "--out_dir random", "--out_dir cut", "--out_dir code",
-              "--out_dir other", "--out_dir words", "--prompt ''", "--prompt FILE:nowhere", "--prompt FILE:data",
+              "--out_dir other", "--out_dir words", "--out_dir old", "--prompt ''", "--prompt FILE:nowhere",
+              "--prompt FILE:data",
               "--prompt FILE:empty", "--device tpu", "--seed 1.5"]
 
 
@@ -285,9 +286,10 @@ def bad_files(folder):
     Path("short").write_text("short")
     good = Path("out/ckpt.pt").read_bytes()
     bad = dict(random=bytes(range(256)) * 40, cut=good[:len(good) // 2])
-    words = torch.load("out/ckpt.pt")
+    words, old = torch.load("out/ckpt.pt"), torch.load("out/ckpt.pt")
+    del old["config"]["form"]
     words["config"]["vocab_size"], words["model"]["wte.weight"] = 300, torch.zeros(300, 16)
-    for name, contents in dict(code=Code(), other=dict(model={}, step=0), words=words).items():
+    for name, contents in dict(code=Code(), other=dict(model={}, step=0), words=words, old=old).items():
         torch.save(contents, "scratch")
         bad[name] = Path("scratch").read_bytes()
     for name, contents in bad.items():
