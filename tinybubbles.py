@@ -30,7 +30,6 @@ from torch.nn import functional as F
 MARGIN = 2.0         # an old fork, kept, gives way only to extras that score this much more: exp(2) = 7.4 times its P
 MIN_SCORE = -20.0    # one fork layer multiplies P by exp(-20) at the least
 TIE = 5e-6           # scores of two tokens this close are equal: rounding must not choose, it differs between chunkings
-ROUTINGS = "causal", "topk"
 PADDING = -1e4       # logp of padding: P = 0 exactly, and no query attends to it; finite, so gradients stay finite too
 
 
@@ -81,7 +80,7 @@ class Config:
             raise ValueError(f"fork_layers must not name a layer twice: {layers!r}")
         self.fork_layers = tuple(sorted(layers))
         self.budget = check_budget(self.budget)
-        check_choice("routing", self.routing, *ROUTINGS)
+        check_choice("routing", self.routing, "causal", "topk")
         check_choice("form", self.form, "ours", "paper")
         self.merge = self.merge or ("residual" if self.form == "ours" else "probability")
         check_choice("merge", self.merge, "probability", "residual")
@@ -181,7 +180,8 @@ class Fork(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.fades, self.margin = layer, config.form == "paper", MARGIN if config.form == "ours" else 0.0
+        self.layer, self.fades_originals = layer, config.form == "paper"
+        self.margin = 0.0 if config.form == "paper" else MARGIN
         self.ln = nn.LayerNorm(config.n_embd, bias=False)
         self.score = nn.Linear(config.n_embd, 2, bias=False)                         # row 0 fork, row 1 keep
         self.embedding = nn.Parameter(torch.empty(config.n_embd))                    # added to a fork, not its parent
@@ -198,7 +198,7 @@ class Fork(nn.Module):
         than a matmul: the same stream scores the same bits in any chunk, so equal scores stay equal when decoding."""
         a = (self.ln(x).float().unsqueeze(-2) * self.score.weight.float()).sum(-1)   # (B, N, 2)
         fork, keep = F.logsigmoid(a).clamp(min=MIN_SCORE).unbind(-1)                 # (B, N) each
-        if not self.fades:
+        if not self.fades_originals:
             keep = keep.masked_fill(original, 0.0)                                   # an original's P stays 1
         return torch.stack((logp + fork, logp + keep), -1).flatten(1)
 
@@ -206,7 +206,7 @@ class Fork(nn.Module):
         """Which candidates survive, (B, M) bool: every original, and the extras that `routing` chooses (eqs. 4-5)."""
         original = torch.stack((torch.zeros_like(original), original), -1).flatten(1)     # (B, M): kept, not forked
         tok = tok.repeat_interleave(2, dim=1)                                        # (B, M)
-        score = score + self.margin * (torch.arange(score.size(1), device=tok.device) % 2)    # of streams kept
+        score = score + self.margin * (torch.arange(score.size(1), device=tok.device) % 2)    # old forks
         score = score.masked_fill(tok < 0, -math.inf)
         if routing == "topk":
             return select_topk(score, original, min(tok.size(1), quota(budget, T)))
@@ -391,7 +391,7 @@ class Tinybubbles(nn.Module):
     def check_call(self, idx, budget, routing, cache):
         """Refuse what a call cannot do; return its budget, its routing and the number of tokens before it."""
         budget = check_budget(self.config.budget if budget is None else budget)
-        routing = check_choice("routing", self.config.routing if routing is None else routing, *ROUTINGS)
+        routing = check_choice("routing", self.config.routing if routing is None else routing, "causal", "topk")
         start = 0 if cache is None else cache.length
         if idx.dim() != 2 or idx.size(1) == 0 or start + idx.size(1) > self.config.block_size:
             raise ValueError(f"idx must be (B, T) with 1 <= T <= block_size - cache.length = {self.config.block_size}"

@@ -208,8 +208,7 @@ class Text:
 class Lookup:
     """Slots with values, then queries: `s3=v1 s0=v2 ... q17 q4 ...`. Each query token stands for a fixed ordered list
     of m = 1..4 slots, and its target is one token that says their values in that order: it must fetch m things at once.
-    One token is a slot with its value; at width 16 a sum of several of the 48 vectors doesn't say which they are.
-    Vocabulary: answers, slots with values, queries (LISTS for each m)."""
+    One token is a slot with its value. Vocabulary: answers, slots with values, queries (LISTS for each m)."""
     SLOTS, VALUES, LISTS, QUERIES, LONGEST = 16, 3, 4, 32, 4
 
     def __init__(self, s):

@@ -68,7 +68,8 @@ ARMS = {   # name: (flags, variant)
     "paper's form": (PAPER, Variant()),
     "authors' code": (AUTHORS, Variant()),
     "bubbles, margin 0": (OURS, Variant(margin=0.0)),
-    "bubbles, random selection": (OURS, Variant(select="random")),
+    "bubbles, old forks first, then random": (OURS, Variant(select="random")),
+    "bubbles, random selection": (OURS, Variant(select="random", margin=0.0)),
     "bubbles, no attenuation": (OURS, Variant(logits="none", values=False, writes=False)),
     "bubbles, probability merge": (OURS + "--merge probability", Variant()),
     "bubbles, log P divided": (OURS, Variant(logits="divided")),
@@ -101,10 +102,17 @@ ARMS |= {"bubbles, " + name: (OURS + flags, Variant()) for name, flags in {
     "r = 1.25": "--budget 1.25", "r = 1.5": "--budget 1.5", "r = 4": "--budget 4", "elastic": "--budget 1,1.25,1.5,2",
     "one fork layer": "--fork_layers 1"}.items()}
 MAIN = ["plain GPT", "copy-2", "bubbles", "paper's form", "authors' code", "bubbles, margin 0",
-        "bubbles, probability merge", "bubbles, random selection", "bubbles, P near 1 at first, writes not scaled"]
+        "bubbles, probability merge", "bubbles, old forks first, then random",
+        "bubbles, P near 1 at first, writes not scaled"]
 
 
 # -- the variants -----------------------------------------------------------------------------------------------------
+
+def normalised(logp, tok, T):
+    """logp (B, N) less a constant for each token, so that the P of its streams sum to 1."""
+    total = logsumexp_per_token(logp, tok, T).gather(1, tok.clamp(min=0))            # (B, N)
+    return torch.where(tok < 0, logp, logp - total)
+
 
 class VariantFork(Fork):
     """A fork layer with a Variant's scores and selection."""
@@ -116,16 +124,13 @@ class VariantFork(Fork):
             x = torch.stack((x + self.embedding, x), 2).flatten(1, 2)                # (B, 2N, D)
             return x, tok.repeat_interleave(2, 1), logp.repeat_interleave(2, 1)
         x, tok, logp = super().forward(x, tok, logp, T, budget, routing, cache)
-        if self.variant.originals == "normalised":
-            total = logsumexp_per_token(logp, tok, T).gather(1, tok.clamp(min=0))    # (B, N)
-            logp = torch.where(tok < 0, logp, logp - total)
-        return x, tok, logp
+        return x, tok, normalised(logp, tok, T) if self.variant.originals == "normalised" else logp
 
     def candidate_scores(self, x, logp, original):
         v = self.variant
         a = (self.ln(x).float().unsqueeze(-2) * self.score.weight.float()).sum(-1)   # (B, N, 2)
         fork, keep = F.logsigmoid(a + a.new_tensor((v.fork_bias, v.keep_bias))).clamp(min=MIN_SCORE).unbind(-1)
-        if (v.originals or ("faded" if self.fades else "kept")) != "faded":
+        if (v.originals or ("faded" if self.fades_originals else "kept")) != "faded":
             keep = keep.masked_fill(original, 0.0)
         return torch.stack((logp + fork, logp + keep), -1).flatten(1)
 
@@ -171,8 +176,7 @@ class VariantModel(Tinybubbles):
         if self.variant.merge == "original":
             logp = torch.where(originals(tok), 0.0, PADDING)
         elif self.variant.merge == "mean":
-            total = logsumexp_per_token(logp, tok, T).gather(1, tok.clamp(min=0))
-            logp = torch.where(tok < 0, logp, logp - total)
+            logp = normalised(logp, tok, T)
         return super().merge_residual(x, tok, logp, T, targets)
 
 
@@ -286,7 +290,7 @@ def run(task, arm, seed, path, more):
                   machine=f"{platform.machine()}, {os.cpu_count()} cores, 1 thread per run")
     if model.config.fork_layers:
         result.update(look(trainer))
-    if task == "lookup":
+    if isinstance(trainer.data, train.Lookup):
         result["accuracy_by_m"], result["streams_by_m"] = trainer.data.by_m(model, budget, trainer.device).tolist()
     shutil.rmtree(path.with_suffix(""))
     path.write_text(json.dumps(result) + "\n")
