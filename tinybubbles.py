@@ -349,13 +349,14 @@ class Tinybubbles(nn.Module):
     def init_weights(self):
         """GPT-2's initialisation, parameter by parameter: one that is not named here, or twice, raises."""
         c, normal = self.config, 0.02
+        fork_embedding = normal if c.form == "ours" else c.n_embd ** -0.5            # a fork still looks like its token
         std = [(self.wte.weight, normal), (self.ln_f.weight, None)]                  # None: a gain, 1 at first
         for block in self.blocks:
             residual = normal / math.sqrt(2 * c.n_layer)
             std += [(block.ln_1.weight, None), (block.attn.qkv.weight, normal), (block.attn.proj.weight, residual),
                     (block.ln_2.weight, None), (block.mlp.fc.weight, normal), (block.mlp.proj.weight, residual)]
         for fork in self.forks.values():
-            std += [(fork.ln.weight, None), (fork.score.weight, normal), (fork.embedding, c.n_embd ** -0.5)]
+            std += [(fork.ln.weight, None), (fork.score.weight, normal), (fork.embedding, fork_embedding)]
         if sorted(id(p) for p, _ in std) != sorted(id(p) for p in self.parameters()):
             raise RuntimeError("init_weights must name every parameter exactly once")
         for p, s in std:
@@ -417,9 +418,7 @@ class Tinybubbles(nn.Module):
         """The authors' code: x_t = sum_j P_j x_j, then LN and head. Returns log p (B, T, V), or (B, T) for targets."""
         x = sum_per_token(logp.exp().unsqueeze(-1) * x, tok, T)                      # (B, T, D)
         log_probs = F.linear(self.ln_f(x), self.wte.weight).float().log_softmax(-1)  # (B, T, V)
-        if targets is None:
-            return log_probs
-        return log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return log_probs if targets is None else log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
 
     @torch.no_grad()
     def generate_steps(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None,

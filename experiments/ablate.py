@@ -1,5 +1,5 @@
 """
-What makes extra streams pay: python experiments/ablate.py --task lookup        (or lookup-long, plays, plays-long)
+What makes extra streams pay: python experiments/ablate.py --task lookup        (or lookup-deep, plays, plays-long)
 
 Trains every arm with every seed on the same batches, a process for each core, skips what is done already (one JSON file
 a run), and writes experiments/results/ablate_TASK.json, .md and .png: the mean loss of each arm, and its difference to
@@ -30,13 +30,14 @@ from tinybubbles import (MIN_SCORE, PADDING, Block, CausalSelfAttention, Fork, T
                          logsumexp_per_token, rotate, sum_per_token)
 from train import knob, read_flags, refuse  # noqa: E402
 
-LOOKUP = ("--dataset lookup --block_size 48 --n_head 1 --batch_size 32 --learning_rate 1e-2 --min_lr 5e-4 "
-          "--n_layer 2 --n_embd 16 --fork_layers 0,1 --eval_iters 32 ")
+LOOKUP = "--dataset lookup --block_size 48 --n_head 1 --n_embd 16 --budget 2 --min_lr 5e-4 "
 PLAYS = ("--dataset shakespeare --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
          "--learning_rate 4e-3 --eval_iters 100 --budget 2 ")
 TASKS = {   # train.py's flags; every arm adds its own
-    "lookup": LOOKUP + "--max_iters 1500 --budget 2",
-    "lookup-long": LOOKUP + "--max_iters 4000 --budget 2",
+    "lookup": LOOKUP + "--n_layer 1 --fork_layers 0 --max_iters 3000 --batch_size 16 --learning_rate 4e-3 "
+                       "--eval_iters 64",
+    "lookup-deep": LOOKUP + "--n_layer 2 --fork_layers 0,1 --max_iters 1500 --batch_size 32 --learning_rate 1e-2 "
+                            "--eval_iters 32",
     "plays": PLAYS + "--max_iters 2000",
     "plays-long": PLAYS + "--max_iters 8000",
 }
@@ -55,7 +56,7 @@ class Variant:
     select: str = ""          # random; or noisy: Gumbel noise of scale 1 on the scores while training
     keep_bias: float = 0.0    # added to the keep logit
     fork_bias: float = 0.0    # added to the fork logit
-    embedding: float = 0.0    # the fork embedding's initial standard deviation, instead of 1 / sqrt(n_embd)
+    large: bool = False       # the fork embedding starts as the paper's, 1 / sqrt(n_embd), rather than 0.02
     scorer_lr: float = 1.0    # the scorers' learning rate, times the others'
     grow: bool = False        # budget 1 for the first quarter of training, growing to its own over the second
 
@@ -90,8 +91,11 @@ ARMS = {   # name: (flags, variant)
     "bubbles, writes and values not scaled": (OURS, Variant(writes=False, values=False)),
     "bubbles, mean merge": (OURS, Variant(merge="mean")),
     "bubbles, original alone predicts": (OURS, Variant(merge="original")),
-    "copy-2, fork embedding 0.02": ("--merge residual --budget 2", Variant(copies=True, embedding=0.02)),
-    "bubbles, fork embedding 0.02": (OURS, Variant(embedding=0.02)),
+    "copy-2, large fork embedding": ("--merge residual --budget 2", Variant(copies=True, large=True)),
+    "bubbles, large fork embedding": (OURS, Variant(large=True)),
+    "bubbles, large fork embedding, P near 1 at first": (OURS, Variant(large=True, fork_bias=3.0, keep_bias=3.0)),
+    "bubbles, r = 1.5, random selection": (OURS + "--budget 1.5", Variant(select="random")),
+    "bubbles, r = 1.5, P near 1 at first": (OURS + "--budget 1.5", Variant(fork_bias=3.0, keep_bias=3.0)),
     "bubbles, fork bias -2": (OURS, Variant(fork_bias=-2.0)),
     "bubbles, fork bias +2": (OURS, Variant(fork_bias=2.0)),
     "bubbles, P near 1 at first": (OURS, Variant(fork_bias=3.0, keep_bias=3.0)),
@@ -101,9 +105,9 @@ ARMS = {   # name: (flags, variant)
 ARMS |= {"bubbles, " + name: (OURS + flags, Variant()) for name, flags in {
     "r = 1.25": "--budget 1.25", "r = 1.5": "--budget 1.5", "r = 4": "--budget 4", "elastic": "--budget 1,1.25,1.5,2",
     "one fork layer": "--fork_layers 1"}.items()}
-MAIN = ["plain GPT", "copy-2", "bubbles", "paper's form", "authors' code", "bubbles, margin 0",
-        "bubbles, probability merge", "bubbles, old forks first, then random",
-        "bubbles, P near 1 at first, writes not scaled"]
+MAIN = ["plain GPT", "copy-2", "bubbles", "paper's form", "authors' code", "bubbles, large fork embedding",
+        "bubbles, P near 1 at first", "bubbles, large fork embedding, P near 1 at first", "bubbles, r = 1.5",
+        "bubbles, r = 1.5, random selection"]
 
 
 # -- the variants -----------------------------------------------------------------------------------------------------
@@ -193,8 +197,8 @@ def vary(model, variant):
             module.__class__, module.variant = kinds[type(module)], variant
     for fork in model.forks.values():
         fork.margin = fork.margin if variant.margin == -1 else variant.margin
-        if variant.embedding:
-            fork.embedding.data.mul_(variant.embedding * model.config.n_embd ** 0.5)
+        if variant.large:
+            fork.embedding.data.mul_(model.config.n_embd ** -0.5 / 0.02)
 
 
 # -- what a trained model does with its streams -----------------------------------------------------------------------
@@ -391,7 +395,7 @@ def draw(runs, path):
 class Settings:
     task: str = knob("lookup", ", ".join(TASKS))
     seeds: tuple = knob((0, 1, 2, 3, 4), "seeds of each arm, ten at most", "ints", low=0)
-    arms: str = knob("main", "main (nine of them), all, or some names, separated by ;")
+    arms: str = knob("main", "main (ten of them), all, or some names, separated by ;")
     runs: str = knob("out-ablate", "where the runs' JSON files go")
     results: str = knob(str(ROOT / "experiments" / "results"), "where ablate_TASK.json, .md and .png go")
     flags: str = knob("", "more flags for every run of train.py, in quotes")

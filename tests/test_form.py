@@ -58,6 +58,16 @@ def test_a_fork_whose_p_ends_leaves_attention_in_the_default_form_and_holds_a_sh
     assert seen[0] == pytest.approx(expected, rel=1e-4) and (seen[0] < 1e-8 if form == "ours" else seen[0] > 0.02)
 
 
+def test_a_fork_starts_as_its_token_in_the_default_form_and_as_any_other_fork_in_the_papers():
+    """The cosine between what a block first reads of the forks of two different tokens, after its LayerNorm."""
+    cosines = {}
+    for form in ("ours", "paper"):
+        model = fresh(form)
+        forks = F.layer_norm(model.wte.weight[:50] + model.forks["0"].embedding, (64,))
+        cosines[form] = (forks @ forks.T / 64)[~torch.eye(50, dtype=torch.bool)].mean().item()
+    assert cosines["ours"] < 0.7 and cosines["paper"] > 0.9
+
+
 def test_each_form_brings_its_merge_and_a_merge_can_be_asked_for():
     merges = [Config(form=form, merge=merge).merge for form in ("ours", "paper") for merge in ("", "residual")]
     assert merges == ["residual", "residual", "probability", "residual"] and Config().form == "ours"
