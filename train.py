@@ -88,7 +88,7 @@ class Settings:
     fork_layers: tuple = knob((1, 2), "fork before these blocks, counted from 0; none = a plain GPT", "ints")
     budget: tuple = knob((2.0,), "streams per token; several = elastic training, one drawn per step", "floats", low=1)
     routing: str = knob("causal", "causal, or topk: the paper's, which looks at later tokens")
-    form: str = knob("ours", "ours, or paper: originals fade too, log P / sqrt(d), old forks have no margin")
+    form: str = knob("ours", "ours, or paper: originals fade, log P / sqrt(d), no margin, large fork embedding")
     merge: str = knob(None, "residual (ours, the authors' code) or probability (paper); default: the form's", "str")
     dropout: float = knob(0.0, "share of activations dropped in training", low=0)
     batch_size: int = knob(8, "windows per step", low=1)
