@@ -117,7 +117,8 @@ def test_biases_and_the_fork_embedding_start_where_they_are_told():
     for variant, which in ((Variant(keep_bias=9.0), ablate.originals(tok)), (Variant(fork_bias=-9.0), fork)):
         tok, changed = streams_of(model(variant))
         assert changed.sum() > P.sum() if variant.keep_bias else changed[changed > 0].min() < 1e-3
-    small, large = (model(Variant(large=large), n_embd=256, form="ours").forks["0"].embedding.detach() for large in (False, True))
+    small, large = (model(Variant(large=large), n_embd=256, form="ours").forks["0"].embedding.detach()
+                    for large in (False, True))
     assert large.std().item() == pytest.approx(256 ** -0.5, rel=0.15) and torch.allclose(large, small * 3.125)
 
 
