@@ -340,10 +340,11 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:                          # torch.save hides the disk's error in its own
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             scratch.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        disk = error.__context__ if isinstance(error, RuntimeError) else error       # torch.save's own hides the disk's
+        reason = getattr(disk, "strerror", None) or str(error).splitlines()[0]
         refuse(f"{path} cannot be written ({reason}), and what was there is kept; make room, then --resume")
 
 
@@ -361,6 +362,8 @@ def load_checkpoint(path, device):
                 raise ValueError(f"its {part} are another version's")
         model = Tinybubbles(Config(**checkpoint["config"])).to(device)
         model.load_state_dict(checkpoint["model"])
+        if checkpoint["vocabulary"] is None and model.config.vocab_size != 256:
+            raise ValueError(f"its {model.config.vocab_size} tokens are not bytes")
     except Exception as error:                                        # whatever can be wrong with a file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         refuse(f"{path} is not a checkpoint of this train.py ({reason}); train again or name another --out_dir")
@@ -448,8 +451,11 @@ class Trainer:
             refuse(f"--resume needs {saved['batches']} batches per step as before, processes times "
                    f"--gradient_accumulation_steps, not {self.batches}")
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.start, self.val_loss, self.best = saved["step"], saved["val_loss"], saved["best_val_loss"]
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.start, self.val_loss, self.best = saved["step"], saved["val_loss"], saved["best_val_loss"]
+        except (KeyError, ValueError, TypeError) as error:
+            refuse(f"--resume cannot go on from ckpt.pt: its optimizer state is not this model's ({error})")
 
     def open_log(self):
         """Open log.csv with the whole rows of the steps before this run's first, if there are any."""
@@ -634,9 +640,13 @@ def main(argv):
     s = read_flags(Settings, argv, description)
     if s.resume:
         s, saved = resume(s, argv, description)
-    Trainer(s, saved).fit()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        Trainer(s, saved).fit()
+    except OSError as error:                                          # a full disk, say, while log.csv is written
+        refuse(f"{error.filename or s.out_dir} cannot be used ({error.strerror}); ckpt.pt is kept; then --resume")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -644,5 +654,3 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit("stopped before the first step; nothing is lost") from None
-    except OSError as error:
-        refuse(f"{error.filename or 'a file'} cannot be used ({error.strerror}); ckpt.pt is kept; then --resume")
