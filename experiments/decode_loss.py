@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import load_model  # noqa: E402
 from tinybubbles import Cache  # noqa: E402
-from train import choose_device, knob, load_data, read_flags  # noqa: E402
+from train import choose_device, knob, load_checkpoint, load_data, read_flags, refuse  # noqa: E402
 
 
 @dataclass
@@ -51,11 +50,13 @@ def measure(model, x, y, budget):
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     device = choose_device(s.device)
-    model = load_model(Path(s.out_dir) / "ckpt.pt", device)
+    model = load_checkpoint(Path(s.out_dir) / "ckpt.pt", device)[1].eval()
     size = model.config.block_size
     _, data = load_data(s.dataset, size)
     starts = np.linspace(0, len(data) - size - 1, s.windows).astype(np.int64)
     tokens = torch.from_numpy(np.stack([data[start:start + size + 1] for start in starts]).astype(np.int64)).to(device)
+    if tokens.max() >= model.config.vocab_size:
+        refuse(f"--dataset {s.dataset} has a token {tokens.max()}, the model {model.config.vocab_size}; name its own")
     losses = measure(model, tokens[:, :-1], tokens[:, 1:], s.budget)
     machine = dict(device=str(device), processor=platform.machine(), torch=torch.__version__)
     settings = dict(windows=s.windows, block_size=size, budget=s.budget or model.config.budget)

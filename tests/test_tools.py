@@ -65,7 +65,7 @@ def test_a_run_leaves_a_checkpoint_a_log_a_picture_and_a_sample(folder):
     assert [row["step"] for row in rows if row["train_loss"]] == ["1", "2", "3", "4", "5"]
     assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4", "5"]
     assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in Path("out").iterdir()) == ["ckpt.pt", "log.csv", "loss.png"]
+    assert sorted(p.name for p in Path("out").iterdir()) == ["best.pt", "ckpt.pt", "log.csv", "loss.png"]
 
 
 def test_the_sampler_streams_the_prompt_and_its_continuation(folder):
@@ -190,12 +190,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(fo
     assert Path("out/ckpt.pt").read_bytes() == before
 
 
-def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(folder):
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(folder, capsys):
     path = folder / "kept"
     path.write_text("old")
-    with pytest.raises(OSError):
-        train.write_atomically(path, lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError("disk full")))
-    assert path.read_text() == "old"
+    with pytest.raises(SystemExit) as end:
+        train.write_atomically(path, lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError(28, "Full")))
+    assert end.value.code == 2 and "kept cannot be written (Full)" in capsys.readouterr().err
+    assert path.read_text() == "old" and not Path("kept.new").exists()
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -265,12 +266,17 @@ BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", 
              "--dataset lookup", "--dtype float16", "--device tpu", "--compile maybe",
              "--seed -1", "--seed 99999999999999999999", "--dataset nowhere", "--dataset data", "--dataset empty",
              "--dataset short", "--block_size 4000", "--out_dir text.txt", "--learning_rate inf", "--unknown 1",
-             "--max_iter 3", "word", "--eval_interval 0", "--eval_iters 0", "--lr_decay_iters 0", "--batch_size"]
+             "--max_iter 3", "word", "--eval_interval 0", "--eval_iters 0", "--lr_decay_iters 0", "--batch_size",
+             "--gradient_accumulation_steps 0", "--vocab_size 0", "--vocab_size 300", "--resume maybe",
+             "--resume --out_dir nowhere", "--resume --out_dir random", "--resume --out_dir cut",
+             "--resume --n_layer 9", "--resume --dataset short", "--resume --max_iters 3", "--grad_clip -1", "--log_interval 0", "--compile 2",
+             "--warmup_iters -1", "--beta1 x", "--out_dir empty/below"]
 BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
               "--max_new_tokens -5", "--out_dir nowhere", "--out_dir random", "--out_dir cut", "--out_dir code",
               "--out_dir other", "--out_dir words", "--out_dir old", "--prompt ''", "--prompt FILE:nowhere",
               "--prompt FILE:data",
-              "--prompt FILE:empty", "--device tpu", "--seed 1.5"]
+              "--prompt FILE:empty", "--device tpu", "--seed 1.5", "--checkpoint first", "--checkpoint",
+              "--top_k 1.5", "--num_samples many", "--prompt FILE:", "--out_dir text.txt", "--unknown"]
 
 
 class Code:

@@ -1,0 +1,336 @@
+"""What careful people expect of train.py and sample.py: runs that resume exactly, files that survive, several
+processes, other data: `python -m pytest tests/test_trust.py`."""
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("--block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 --max_iters 24 "
+        "--eval_interval 6 --eval_iters 2 --log_interval 4 --warmup_iters 1 --dropout 0.1 --budget 1,1.5,2 "
+        "--dataset text.txt --device cpu").split()
+VERSE = "Tomorrow, and tomorrow, and tomorrow,\nCreeps in this petty pace from day to day \u2014\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder with a text in it; the signals' handlers are put back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(VERSE * 20, "utf-8")
+    torch.set_num_threads(1)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def train_here(*flags):
+    train.main([*TINY, *flags])
+
+
+def checkpoint(name):
+    return torch.load(name, weights_only=True)
+
+
+def same(a, b):
+    """Whether two checkpoint values are the same to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_run(one, other):
+    """Two folders hold the same weights, optimiser state and log, but for its clock's columns."""
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = (checkpoint(f"{out}/{name}") for out in (one, other))
+        for key in ("model", "optimizer", "step", "val_loss", "best_val_loss"):
+            assert same(a[key], b[key]), (name, key)
+    columns = [i for i, name in enumerate(train.LOG_COLUMNS) if name not in ("ms_per_step", "tokens_per_s")]
+    logs = [[[line.split(",")[i] for i in columns] for line in Path(out, "log.csv").read_text().splitlines()]
+            for out in (one, other)]
+    assert logs[0] == logs[1]
+
+
+def refused(module, *flags):
+    """Run a main that must refuse; returns its one sentence."""
+    with pytest.raises(SystemExit) as end:
+        module.main(list(flags))
+    assert end.value.code == 2
+
+
+# -- interrupted runs ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_says_how_to_resume_and_ends_as_if_it_had_not(number, monkeypatch, capsys):
+    train_here("--out_dir", "whole")
+    step = train.Trainer.train_step
+    monkeypatch.setattr(train.Trainer, "train_step",
+                        lambda self, i: (i == 9 and os.kill(os.getpid(), number), step(self, i))[1])
+    train_here("--out_dir", "cut")
+    monkeypatch.setattr(train.Trainer, "train_step", step)
+    assert checkpoint("cut/ckpt.pt")["step"] == 10
+    said = re.search(r"stopped after 10 steps; to go on: python train.py (.*)", capsys.readouterr().out).group(1)
+    train.main(said.split())
+    assert_same_run("whole", "cut")
+
+
+DRIVER = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch, train
+torch.set_num_threads(1)
+flags, chance, kills = sys.argv[2:], random.Random(0), 0
+
+def start(more):
+    child = os.fork()
+    if child == 0:
+        sys.stdout = open(os.devnull, "w")
+        code = 1
+        try:
+            train.main(flags + more)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+while True:
+    more = ["--resume"] if os.path.exists("cut/ckpt.pt") else []
+    child = start(more)
+    if kills < 50:
+        time.sleep(chance.uniform(0.05, 0.35))
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            for name in ("cut/ckpt.pt", "cut/best.pt"):
+                if os.path.exists(name):
+                    train.load_checkpoint(train.Path(name), "cpu")
+            continue
+    else:
+        status = os.waitpid(child, 0)[1]
+    print(kills, status)
+    break
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to start a run at once")
+def test_a_run_killed_at_50_random_moments_never_leaves_a_broken_file_and_ends_the_same():
+    flags = [*TINY, "--max_iters", "500", "--eval_interval", "5"]
+    train.main([*flags, "--out_dir", "whole"])
+    done = subprocess.run([sys.executable, "-c", DRIVER, ROOT, *flags, "--out_dir", "cut"], capture_output=True,
+                          text=True)
+    assert done.stdout.split() == ["50", "0"], done.stdout + done.stderr
+    assert_same_run("whole", "cut")
+    assert sorted(p.name for p in Path("cut").iterdir() if not p.name.endswith(".new")) == [
+        "best.pt", "ckpt.pt", "log.csv", "loss.png"]
+
+
+def test_a_finished_run_goes_on_when_max_iters_is_raised_and_contradictions_are_refused_by_name(capsys):
+    train_here("--lr_decay_iters", "24")
+    train.main("--resume --max_iters 30 --device cpu".split())
+    assert checkpoint("out/ckpt.pt")["step"] == 30
+    for flags, word in (("--n_layer 4", "--n_layer 4"), ("--seed 1", "--seed 1"), ("--budget 2", "--budget"),
+                        ("--max_iters 29", "--max_iters 29"), ("--gradient_accumulation_steps 2", "batches per step"),
+                        ("--out_dir nowhere", "nowhere")):
+        refused(train, "--resume", *flags.split())
+        assert word in capsys.readouterr().err
+    train.main(["--resume"])                                          # nothing left to do: the summary again
+    assert "steps:      30" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_kept_and_sampled_unless_the_last_is_asked_for(monkeypatch, capsys):
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda self, budget: next(losses))
+    train_here("--budget", "2")
+    assert [checkpoint(f"out/{name}.pt")[key] for name in ("best", "ckpt") for key in ("step", "val_loss")] == [
+        12, 1.0, 24, 4.0]
+    sampled, load = [], train.load_checkpoint
+    monkeypatch.setattr(sample, "load_checkpoint", lambda path, device: sampled.append(path.name) or load(path, device))
+    for flags in ((), ("--checkpoint", "last")):
+        sample.main(["--device", "cpu", "--max_new_tokens", "1", *flags])
+    Path("out/best.pt").unlink()
+    sample.main(["--device", "cpu", "--max_new_tokens", "1"])
+    assert sampled == ["best.pt", "ckpt.pt", "ckpt.pt"]
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_sentence_and_the_old_checkpoint():
+    """The largest size of a file is limited, so the second checkpoint is cut off while it is written."""
+    train_here("--max_iters", "6")
+    before = {name: Path("out", name).read_bytes() for name in ("ckpt.pt", "best.pt")}
+    limit = len(before["ckpt.pt"]) // 2
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--max_iters", "12"], capture_output=True,
+                          text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be written (File too large)" in done.stderr
+    assert {name: Path("out", name).read_bytes() for name in before} == before
+    assert not list(Path("out").glob("*.new"))
+
+
+def test_a_damaged_checkpoint_is_refused_or_as_good_as_whole(capsys):
+    """Cut at 100 places, one byte changed at 100: a sentence, or the very same weights."""
+    train_here("--max_iters", "2")
+    good, model, chance = Path("out/ckpt.pt").read_bytes(), checkpoint("out/ckpt.pt")["model"], random.Random(0)
+    refusals = 0
+    for i in range(200):
+        place = chance.randrange(len(good))
+        flipped = good[:place] + bytes([good[place] ^ 1 << chance.randrange(8)]) + good[place + 1:]
+        Path("out/ckpt.pt").write_bytes(good[:place] if i % 2 else flipped)
+        try:
+            assert same(dict(train.load_checkpoint(Path("out/ckpt.pt"), "cpu")[0]["model"]), dict(model))
+        except SystemExit as end:
+            said, refusals = capsys.readouterr().err, refusals + 1
+            assert end.code == 2 and said.count("\n") == 1 and "out/ckpt.pt is not a checkpoint" in said
+    assert refusals > 150
+
+
+# -- several processes -----------------------------------------------------------------------------------------------
+
+def test_two_processes_train_as_one_with_twice_the_batches():
+    train_here("--gradient_accumulation_steps", "2", "--out_dir", "one")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    ROOT / "train.py", *TINY, "--out_dir", "two"], check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = (np.genfromtxt(f"{out}/log.csv", delimiter=",", names=True) for out in ("one", "two"))
+    for column in ("train_loss", "val_loss", "streams_per_token"):
+        np.testing.assert_allclose(one[column], two[column], atol=2e-4 if "loss" in column else 0.2)
+    a, b = (checkpoint(f"{out}/ckpt.pt")["model"] for out in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_the_batches_of_a_step_differ_from_each_other_and_the_dropout_repeats():
+    train_here("--out_dir", "one", "--max_iters", "2")
+    train_here("--out_dir", "again", "--max_iters", "2")
+    train_here("--out_dir", "two", "--max_iters", "2", "--gradient_accumulation_steps", "2")
+    weights = [checkpoint(f"{out}/ckpt.pt")["model"] for out in ("one", "again", "two")]
+    assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+
+
+# -- a folder of tokens ----------------------------------------------------------------------------------------------
+
+def make_folder(meta=True):
+    """A folder as nanoGPT's prepare.py makes it, of characters."""
+    Path("mine").mkdir(exist_ok=True)
+    chars = sorted(set(VERSE))
+    stoi = {char: i for i, char in enumerate(chars)}
+    for name, repeats in (("train", 20), ("val", 4)):
+        np.array([stoi[char] for char in VERSE * repeats], dtype=np.uint16).tofile(f"mine/{name}.bin")
+    meta = dict(vocab_size=len(chars), itos=dict(enumerate(chars)), stoi=stoi) if meta is True else meta
+    Path("mine/meta.pkl").unlink(missing_ok=True)
+    if meta:
+        Path("mine/meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
+    return chars
+
+
+def test_a_folder_of_nanogpts_trains_and_is_sampled_in_its_own_characters(capsys):
+    chars = make_folder()
+    train_here("--dataset", "mine", "--max_iters", "60")
+    assert checkpoint("out/ckpt.pt")["config"]["vocab_size"] == len(chars)
+    capsys.readouterr()
+    sample.main(["--prompt", "pace \u2014", "--max_new_tokens", "30", "--device", "cpu"])
+    text = capsys.readouterr().out.split("\n" + "-" * 80)[0]
+    assert text.startswith("pace \u2014") and set(text) <= set(chars) and len(text) == 36
+    for prompt, word in (("Zz", "'Z'"), ("FILE:latin", "UTF-8")):
+        Path("latin").write_bytes(b"\xe9")
+        refused(sample, "--prompt", prompt, "--device", "cpu")
+        assert word in capsys.readouterr().err
+
+
+def test_tokens_without_names_are_shown_and_prompted_as_numbers(capsys):
+    chars = make_folder(meta=None)
+    refused(train, *TINY, "--dataset", "mine")
+    assert "--vocab_size 50304" in capsys.readouterr().err
+    train_here("--dataset", "mine", "--vocab_size", str(len(chars)), "--max_iters", "2")
+    capsys.readouterr()
+    sample.main(["--prompt", "3 1", "--max_new_tokens", "4", "--device", "cpu"])
+    assert re.match(r"3 1 (\d+ ){4}\n", capsys.readouterr().out)
+    for prompt in ("\n", "words", f"{len(chars)}", "-1"):
+        refused(sample, f"--prompt={prompt}", "--device", "cpu")
+        assert f"from 0 to {len(chars) - 1}" in capsys.readouterr().err
+
+
+class Code:
+    def __reduce__(self):
+        return Path.touch, (Path("code-was-run"),)
+
+
+@pytest.mark.parametrize("meta, word", [
+    (pickle.dumps(Code()), "meta.pkl"), (b"junk", "meta.pkl"), (dict(stoi={}), "'itos'"), (dict(itos={}), "strings"),
+    (dict(itos={0: "a", 2: "b"}), "meta.pkl"), (dict(itos={0: 7}), "strings"), ([1], "meta.pkl")])
+def test_a_meta_that_is_not_nanogpts_is_refused_and_none_of_its_code_runs(meta, word, capsys):
+    make_folder(meta)
+    refused(train, *TINY, "--dataset", "mine")
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1 and not Path("code-was-run").exists()
+
+
+@pytest.mark.parametrize("files, flags, word", [
+    (dict(train=b"", val=b"12" * 99), "", "train.bin is empty"), (dict(train=b"123", val=b"12" * 99), "", "train.bin"),
+    (dict(train=b"1" * 98, val=b"12"), "--vocab_size 99", "too few"), (dict(train=b"12" * 99), "", "val.bin"),
+    (dict(train=b"12" * 99, val=b"12" * 99), "--vocab_size 12849", "token 12849")])
+def test_a_folder_that_cannot_be_trained_on_is_refused(files, flags, word, capsys):
+    Path("mine").mkdir()
+    for name, contents in files.items():
+        Path(f"mine/{name}.bin").write_bytes(contents)
+    refused(train, *TINY, "--dataset", "mine", *flags.split())
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1, said
+
+
+def test_a_file_of_many_gigabytes_starts_at_once_in_little_memory():
+    """8 GB of tokens, all 0, in a sparse file."""
+    Path("big").mkdir()
+    for name, size in (("train", 8 * 10 ** 9), ("val", 10 ** 9)):
+        with open(f"big/{name}.bin", "wb") as file:
+            file.truncate(size)
+    code = ("import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import train; "
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; train.main(sys.argv[1:]); "
+            "print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
+    done = subprocess.run([sys.executable, "-c", code, ROOT, *TINY, "--dataset", "big", "--vocab_size", "300"],
+                          capture_output=True, text=True, check=True)
+    assert int(done.stdout.split("grew")[1]) < 300_000                # KiB
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+def sampled(capsys, *flags):
+    capsys.readouterr()
+    sample.main(["--device", "cpu", "--max_new_tokens", "20", *flags])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--temperature 0", "--temperature 1e-30", "--temperature 1e30", "--top_k 1",
+                                   "--top_k 1000", "--top_k 0", "--prompt O", "--max_new_tokens 0",
+                                   "--max_new_tokens 200", "--prompt FILE:text.txt", "--budget 4", "--budget 1"])
+def test_sampling_at_the_edges(flags, capsys):
+    train_here("--max_iters", "2")
+    out = sampled(capsys, *flags.split())
+    assert re.search(r"\n-+\n\d+ tokens, .* streams per token at budget", out)
+
+
+def test_a_seed_gives_its_text_whatever_was_sampled_before(capsys):
+    train_here("--max_iters", "2")
+    line = "\n" + "-" * 80 + "\n"
+    three = sampled(capsys, "--num_samples", "3", "--seed", "4").split(line)
+    assert [sampled(capsys, "--seed", str(seed)).split(line)[0] for seed in (4, 5, 6)] == three[:3]
+    assert three[0] != three[1]
+
+
+def test_a_letter_of_several_bytes_is_shown_once_it_is_whole():
+    show = train.decoder(None)
+    assert [show(token) for token in "\u2014!".encode()] == ["", "", "\u2014", "!"]
+    assert show(0xE2) == "" and show(None) == "\ufffd"
