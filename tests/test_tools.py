@@ -14,6 +14,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,10 +39,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(script, *flags, ok=True):
-    """Run a script in a process of its own; returns (stdout, stderr)."""
-    done = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True, encoding="utf-8",
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})                # two run at a time, on two cores
+def run(script, *flags, ok=True, before=()):
+    """Run a script in a process of its own, `before` between python and its name; returns (stdout, stderr)."""
+    done = subprocess.run([sys.executable, *before, ROOT / script, *flags], capture_output=True, text=True,
+                          encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})                # two run at a time, on two cores
     assert (done.returncode == 0) == ok, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
@@ -92,13 +93,15 @@ def readme_commands():
     """The commands of README's bash blocks that run a script of ours."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.S)
     lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("#")[0].split("&&")]
-    return [line for line in lines if re.match(r"python (train|sample)\.py|python experiments/", line)]
+    return [line for line in lines if re.match(r"python (train|sample)\.py|python experiments/|python -m torch", line)]
 
 
 def test_every_command_of_the_readme_runs(folder):
     commands = readme_commands()
     assert "python train.py --dataset shakespeare" in commands and "python sample.py --budget 2.0" in commands
-    Path("path/to").mkdir(parents=True)
+    Path("path/to/folder").mkdir(parents=True)
+    for name in ("train", "val"):
+        np.arange(400, dtype=np.uint16).tofile(f"path/to/folder/{name}.bin")
     for name in ("path/to/any.txt", "prompt.txt"):
         Path(name).write_text(VERSE * 20, "utf-8")
     train_here()
@@ -106,9 +109,19 @@ def test_every_command_of_the_readme_runs(folder):
              "experiments/figures.py": ["pictures"], "experiments/decode_loss.py": ["--windows", "2"],
              "experiments/ablate.py": ["--seeds", "0", "--arms", "bubbles", "--results", "pictures", "--flags",
                                        "--max_iters 2 --batch_size 2 --eval_iters 4"]}
+
+    def run_small(command):
+        start, script, flags = re.match(r"python (.*?)(\S+\.py)(.*)", command).groups()
+        if "--resume" in flags:
+            return run(script, *shlex.split(flags), "--max_iters", "6")
+        more = [*small[script], *["--block_size=48"] * ("--dataset" in flags)]
+        return run(script, *shlex.split(flags), *more, before=shlex.split(start))
+
+    later = [command for command in commands if "--resume" in command]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda parts: run(*parts[1:], *small[parts[1]], *["--block_size=48"] * ("--dataset" in parts)),
-                      map(shlex.split, commands)))
+        list(pool.map(run_small, [command for command in commands if command not in later]))
+    train_here()
+    assert len(list(map(run_small, later))) == 2 and torch.load("out/ckpt.pt", weights_only=True)["step"] == 6
 
 
 def test_the_table_of_the_readme_is_made_and_made_only_once(folder, monkeypatch):
@@ -269,8 +282,8 @@ BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", 
              "--max_iter 3", "word", "--eval_interval 0", "--eval_iters 0", "--lr_decay_iters 0", "--batch_size",
              "--gradient_accumulation_steps 0", "--vocab_size 0", "--vocab_size 300", "--resume maybe",
              "--resume --out_dir nowhere", "--resume --out_dir random", "--resume --out_dir cut",
-             "--resume --n_layer 9", "--resume --dataset short", "--resume --max_iters 3", "--grad_clip -1", "--log_interval 0", "--compile 2",
-             "--warmup_iters -1", "--beta1 x", "--out_dir empty/below"]
+             "--resume --n_layer 9", "--resume --dataset short", "--resume --max_iters 3", "--grad_clip -1", "--log_interval 0",
+             "--compile 2", "--warmup_iters -1", "--beta1 x", "--out_dir empty/below"]
 BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
               "--max_new_tokens -5", "--out_dir nowhere", "--out_dir random", "--out_dir cut", "--out_dir code",
               "--out_dir other", "--out_dir words", "--out_dir old", "--prompt ''", "--prompt FILE:nowhere",
