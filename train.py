@@ -242,7 +242,8 @@ class Text:
 
     def __init__(self, s):
         self.s, self.T, (self.train, self.val) = s, s.block_size, load_data(s.dataset, s.block_size)
-        self.vocabulary = read_vocabulary(s.dataset) if Path(s.dataset).is_dir() else None
+        folder = s.dataset != "shakespeare" and Path(s.dataset).is_dir()
+        self.vocabulary = read_vocabulary(s.dataset) if folder else None
         self.vocab_size = 256 if self.vocabulary is None else s.vocab_size or len(self.vocabulary)
         if s.vocab_size and s.vocab_size != self.vocab_size:
             refuse(f"--vocab_size is a folder's; the bytes of a text have 256, not {s.vocab_size}")
@@ -522,6 +523,8 @@ class Trainer:
                          val_loss=self.val_loss, best_val_loss=self.best, batches=self.batches,
                          vocabulary=self.data.vocabulary)
             write_atomically(self.out / name, lambda file: torch.save(state, file))
+            if self.best == math.inf:                                 # never evaluated: a best.pt is an older run's
+                (self.out / "best.pt").unlink(missing_ok=True)
 
     def checkpoint(self, step):
         """Evaluate; save ckpt.pt, and best.pt if no loss was lower so far; show a sample."""
@@ -548,8 +551,8 @@ class Trainer:
         """Refuse to go on if the loss of a step since the last check is NaN or infinite; else return the last one."""
         if self.pending:
             losses = self.mean(torch.stack(self.pending)).tolist()    # waits for the device, so the clock is right
-            for before, loss in enumerate(reversed(losses), 1):
-                check_finite(loss, step - before)
+            for at, loss in enumerate(losses, step - len(losses)):
+                check_finite(loss, at)
             self.pending.clear()
             return losses[-1]
 

@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
 def run(script, *flags, ok=True, before=()):
     """Run a script in a process of its own, `before` between python and its name; returns (stdout, stderr)."""
     done = subprocess.run([sys.executable, *before, ROOT / script, *flags], capture_output=True, text=True,
-                          encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})                # two run at a time, on two cores
+                          encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})    # two at a time, two cores
     assert (done.returncode == 0) == ok, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
@@ -282,8 +282,8 @@ BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", 
              "--max_iter 3", "word", "--eval_interval 0", "--eval_iters 0", "--lr_decay_iters 0", "--batch_size",
              "--gradient_accumulation_steps 0", "--vocab_size 0", "--vocab_size 300", "--resume maybe",
              "--resume --out_dir nowhere", "--resume --out_dir random", "--resume --out_dir cut",
-             "--resume --n_layer 9", "--resume --dataset short", "--resume --max_iters 3", "--grad_clip -1", "--log_interval 0",
-             "--compile 2", "--warmup_iters -1", "--beta1 x", "--out_dir empty/below"]
+             "--resume --n_layer 9", "--resume --dataset short", "--resume --max_iters 3", "--grad_clip -1",
+             "--log_interval 0", "--compile 2", "--warmup_iters -1", "--beta1 x", "--out_dir empty/below"]
 BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
               "--max_new_tokens -5", "--out_dir nowhere", "--out_dir random", "--out_dir cut", "--out_dir code",
               "--out_dir other", "--out_dir words", "--out_dir old", "--prompt ''", "--prompt FILE:nowhere",

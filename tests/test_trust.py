@@ -1,5 +1,6 @@
 """What careful people expect of train.py and sample.py: runs that resume exactly, files that survive, several
 processes, other data: `python -m pytest tests/test_trust.py`."""
+import math
 import os
 import pickle
 import random
@@ -87,6 +88,23 @@ def test_a_run_that_is_asked_to_stop_saves_says_how_to_resume_and_ends_as_if_it_
     said = re.search(r"stopped after 10 steps; to go on: python train.py (.*)", capsys.readouterr().out).group(1)
     train.main(said.split())
     assert_same_run("whole", "cut")
+
+
+def test_a_new_run_stopped_before_its_first_evaluation_leaves_no_older_best(monkeypatch):
+    train_here()
+    monkeypatch.setattr(train.Trainer, "stopping", lambda self, step: step == 3)
+    train_here("--seed", "1")
+    assert checkpoint("out/ckpt.pt")["step"] == 3 and not Path("out/best.pt").exists()
+
+
+def test_the_first_step_whose_loss_is_not_finite_is_named(monkeypatch, capsys):
+    step = train.Trainer.train_step
+    monkeypatch.setattr(train.Trainer, "train_step",
+                        lambda self, i: (step(self, i)[0] * (math.nan if i >= 9 else 1), torch.zeros(2, 16)))
+    with pytest.raises(SystemExit) as end:
+        train_here()
+    assert end.value.code == 1 and "the loss at step 9 is nan" in capsys.readouterr().err
+    assert checkpoint("out/ckpt.pt")["step"] == 6
 
 
 DRIVER = """
