@@ -16,7 +16,8 @@ from train import choose_device, decoder, knob, load_checkpoint, read_flags, ref
 class Settings:
     out_dir: str = knob("out", "the folder of a run of train.py")
     checkpoint: str = knob("best", "best: best.pt, of the lowest validation loss, if it is there; or last: ckpt.pt")
-    prompt: str = knob("\n", "text to continue, or FILE:path for a file's bytes", alias="start")
+    prompt: str = knob(None, "text to continue, or FILE:path for a file's bytes; default: a new line, if the model has "
+                       "one, else its token 0", "str", alias="start")
     num_samples: int = knob(1, "samples to draw", low=1)
     max_new_tokens: int = knob(500, "tokens (bytes) to add in each", low=0)
     temperature: float = knob(0.8, "below 1: safer, above 1: wilder; 0 = always the likeliest token", low=0)
@@ -34,8 +35,10 @@ def choose_checkpoint(s):
     return best if s.checkpoint == "best" and best.exists() else last
 
 
-def read_prompt(prompt):
+def read_prompt(prompt, vocabulary):
     """The prompt's bytes, or a refusal."""
+    if prompt is None:
+        return b"\n" if vocabulary is None or "\n" in vocabulary else (vocabulary or "0")[0].encode()
     if prompt.startswith("FILE:"):
         try:
             data = Path(prompt[5:]).read_bytes()
@@ -72,13 +75,14 @@ def main(argv):
     s = read_flags(Settings, argv, __doc__.strip())
     device = choose_device(s.device)
     checkpoint, model = load_checkpoint(choose_checkpoint(s), device)
-    prompt = encode(read_prompt(s.prompt), checkpoint["vocabulary"], model.config.vocab_size)
+    vocabulary = checkpoint["vocabulary"]
+    prompt = encode(read_prompt(s.prompt, vocabulary), vocabulary, model.config.vocab_size)
     idx = torch.tensor([prompt], device=device)
     model.eval()
     sys.stdout.reconfigure(errors="replace")
     started, n_tokens, n_streams = time.perf_counter(), 0, 0
     for seed in range(s.seed, s.seed + s.num_samples):
-        streams, text = [], decoder(checkpoint["vocabulary"])
+        streams, text = [], decoder(vocabulary)
         print("".join(map(text, prompt)), end="", flush=True)
         generator = torch.Generator(device).manual_seed(seed)
         for token in model.generate_steps(idx, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,

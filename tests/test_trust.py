@@ -276,6 +276,8 @@ def test_tokens_without_names_are_shown_and_prompted_as_numbers(capsys):
     capsys.readouterr()
     sample.main(["--prompt", "3 1", "--max_new_tokens", "4", "--device", "cpu"])
     assert re.match(r"3 1 (\d+ ){4}\n", capsys.readouterr().out)
+    sample.main(["--max_new_tokens", "1", "--device", "cpu"])
+    assert re.match(r"0 \d+ \n", capsys.readouterr().out)
     for prompt in ("\n", "words", f"{len(chars)}", "-1"):
         refused(sample, f"--prompt={prompt}", "--device", "cpu")
         assert f"from 0 to {len(chars) - 1}" in capsys.readouterr().err
