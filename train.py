@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import hashlib
 import importlib.util
-import io
 import math
 import os
 import pickle
