@@ -58,7 +58,7 @@ class Config:
     fork_layers: tuple = (1, 2, 3)              # fork before these blocks, counted from 0; () is a plain GPT
     budget: float = 2.0                         # streams per token; 1 = every token keeps its original alone
     routing: str = "causal"                     # or "topk": the paper's, which looks at later tokens
-    form: str = "ours"                          # P = 1 for originals, log P undivided, MARGIN, small forks; or "paper"
+    form: str = "ours"                          # originals' P = 1, log P undivided, MARGIN, small embedding; or "paper"
     merge: str = ""                             # "residual" (ours, authors' code), "probability" (paper); "": form's
     dropout: float = 0.0
 

@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import hashlib
 import importlib.util
-import io
 import math
 import os
 import pickle
@@ -574,9 +573,10 @@ class Trainer:
 
     def stopping(self, step):
         """Whether a signal asks to stop; several processes agree on it where they log."""
-        if self.world == 1 or step % self.s.log_interval:
-            return self.stop and self.world == 1
-        return self.mean(torch.tensor(float(self.stop), device=self.device)).item() > 0
+        if self.world == 1:
+            return self.stop
+        agree = step % self.s.log_interval == 0
+        return agree and self.mean(torch.tensor(float(self.stop), device=self.device)).item() > 0
 
     def fit(self):
         """Train for max_iters steps; the run always ends with an evaluation, a checkpoint and a sample."""

@@ -49,11 +49,14 @@ class Variant:
     copies: bool = False      # no scores: every fork layer doubles all streams, if the budget allows (copy-N)
     originals: str = ""       # faded; kept: P = 1; normalised: P of a token's streams sums to 1; "": as --form says
     logits: str = ""          # log P in attention: divided by sqrt(d), undivided, or none; "": as --form says
+    share: bool = False       # a token's streams share its attention: each one's logit less the log of their number
     margin: float = -1.0      # of old forks in the selection; -1: as --form says
     values: bool = True       # attention's values times P
     writes: bool = True       # residual writes times P
     merge: str = ""           # residual merge: original takes that stream alone; mean divides by the sum of P
     select: str = ""          # random; or noisy: Gumbel noise of scale 1 on the scores while training
+    straight: bool = False    # straight-through: survivors are multiplied by 1 whose gradient is P's
+    temperature: float = 1.0  # divides the scorers' logits
     keep_bias: float = 0.0    # added to the keep logit
     fork_bias: float = 0.0    # added to the fork logit
     large: bool = False       # the fork embedding starts as the paper's, 1 / sqrt(n_embd), rather than 0.02
@@ -89,6 +92,11 @@ ARMS = {   # name: (flags, variant)
     "bubbles, values not scaled": (OURS, Variant(values=False)),
     "bubbles, writes not scaled": (OURS, Variant(writes=False)),
     "bubbles, writes and values not scaled": (OURS, Variant(writes=False, values=False)),
+    "bubbles, streams share attention": (OURS, Variant(share=True)),
+    "bubbles, straight-through": (OURS, Variant(straight=True)),
+    "bubbles, temperature 4": (OURS, Variant(temperature=4.0)),
+    "bubbles, temperature 1/4": (OURS, Variant(temperature=0.25)),
+    "bubbles, margin 4": (OURS, Variant(margin=4.0)),
     "bubbles, mean merge": (OURS, Variant(merge="mean")),
     "bubbles, original alone predicts": (OURS, Variant(merge="original")),
     "copy-2, large fork embedding": ("--merge residual --budget 2", Variant(copies=True, large=True)),
@@ -128,12 +136,19 @@ class VariantFork(Fork):
             x = torch.stack((x + self.embedding, x), 2).flatten(1, 2)                # (B, 2N, D)
             return x, tok.repeat_interleave(2, 1), logp.repeat_interleave(2, 1)
         x, tok, logp = super().forward(x, tok, logp, T, budget, routing, cache)
-        return x, tok, normalised(logp, tok, T) if self.variant.originals == "normalised" else logp
+        if self.variant.straight:
+            P = logp.exp().unsqueeze(-1)
+            x = x * (1 + P - P.detach())
+        if self.variant.originals == "normalised":
+            logp = normalised(logp, tok, T)
+        self.log_count = sum_per_token(torch.ones_like(logp), tok, T).gather(1, tok.clamp(min=0)).log()   # (B, N)
+        return x, tok, logp
 
     def candidate_scores(self, x, logp, original):
         v = self.variant
         a = (self.ln(x).float().unsqueeze(-2) * self.score.weight.float()).sum(-1)   # (B, N, 2)
-        fork, keep = F.logsigmoid(a + a.new_tensor((v.fork_bias, v.keep_bias))).clamp(min=MIN_SCORE).unbind(-1)
+        a = a / v.temperature + a.new_tensor((v.fork_bias, v.keep_bias))
+        fork, keep = F.logsigmoid(a).clamp(min=MIN_SCORE).unbind(-1)
         if (v.originals or ("faded" if self.fades_originals else "kept")) != "faded":
             keep = keep.masked_fill(original, 0.0)
         return torch.stack((logp + fork, logp + keep), -1).flatten(1)
@@ -154,7 +169,10 @@ class VariantAttention(CausalSelfAttention):
         q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         scale = {"divided": 1.0, "undivided": math.sqrt(D // self.n_head), "none": 0.0, "": self.score_scale}
-        bias = torch.where(logp <= PADDING, logp, logp * scale[self.variant.logits])
+        bias = logp * scale[self.variant.logits]
+        if self.variant.share and self.fork:
+            bias = bias - self.fork.log_count * math.sqrt(D // self.n_head)
+        bias = torch.where(logp <= PADDING, logp, bias)
         q[..., -1], k[..., -1] = 1, bias.unsqueeze(1)
         if self.variant.values:
             v = v * logp.exp().view(B, 1, N, 1)
@@ -195,6 +213,9 @@ def vary(model, variant):
     for module in list(model.modules()) if model.config.fork_layers else []:
         if type(module) in kinds:
             module.__class__, module.variant = kinds[type(module)], variant
+    for block in model.blocks:
+        before = [fork for l, fork in model.forks.items() if int(l) <= block.attn.layer]
+        block.attn.__dict__["fork"] = before[-1] if before else None                 # no submodule of the attention's
     for fork in model.forks.values():
         fork.margin = fork.margin if variant.margin == -1 else variant.margin
         if variant.large:

@@ -111,6 +111,34 @@ def test_selection_is_by_score_at_random_or_noisy_in_training_only():
         assert (len(kept) > 1) == varies, (select, training)
 
 
+def test_streams_that_share_attention_lower_their_keys_by_the_log_of_their_number():
+    """Seen in the score channel of block 1, against the same model without; before the first fork nothing changes."""
+    keys, streams = {}, []
+    for share in (False, True):
+        m = model(Variant(share=share), fork_layers=(1,), form="ours")
+        m(tokens(), budget=1.5, streams=streams)
+        keys[share] = [block.attn.qk[1][:, 0, :, -1] for block in m.blocks[:2]]
+    tok = streams[1][0]
+    count = (tok.unsqueeze(2) == tok.unsqueeze(1)).sum(1)                            # (B, N)
+    assert (keys[True][0] == keys[False][0]).all() and set(count.flatten().tolist()) == {1, 2}
+    assert torch.allclose(keys[False][1] - keys[True][1], math.sqrt(8) * count.float().log(), atol=1e-4)
+
+
+def test_straight_through_changes_gradients_alone_and_a_temperature_the_scores_alone():
+    loss, gradient = {}, {}
+    for variant in (Variant(), Variant(straight=True), Variant(temperature=4.0)):
+        m = model(variant)
+        loss[str(variant)] = m(tokens(), tokens().roll(-1, 1))[1]
+        loss[str(variant)].backward()
+        gradient[str(variant)] = m.forks["0"].score.weight.grad.norm().item()
+    plain, straight, warm = loss
+    assert loss[plain] == loss[straight] != loss[warm] and gradient[plain] != gradient[straight]
+    cold = model(None)
+    for fork in cold.forks.values():
+        fork.score.weight.data.div_(4)
+    assert cold(tokens(), tokens().roll(-1, 1))[1].item() == pytest.approx(loss[warm].item(), rel=1e-5)
+
+
 def test_biases_and_the_fork_embedding_start_where_they_are_told():
     tok, P = streams_of(model(Variant()))
     fork = ~ablate.originals(tok) & (tok >= 0)

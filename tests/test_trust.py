@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +67,7 @@ def assert_same_run(one, other):
 
 
 def refused(module, *flags):
-    """Run a main that must refuse; returns its one sentence."""
+    """Run a main that must refuse, with exit code 2."""
     with pytest.raises(SystemExit) as end:
         module.main(list(flags))
     assert end.value.code == 2
