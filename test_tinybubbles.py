@@ -225,7 +225,7 @@ def test_the_worked_example_of_the_readme():
                                        ([.5, 1, 2, 2.5, 3, 4], [.5, 1, 2, 3, 3.5, 4])):
         fork = Fork(config, 1)
         torch.nn.init.ones_(fork.embedding)
-        fork.candidate_scores = lambda x, logp, original: (logp.unsqueeze(-1) + torch.tensor([rows]).log()).flatten(1)
+        fork.scores = lambda x, logp, original: (logp.unsqueeze(-1) + torch.tensor([rows]).log()).unbind(-1)
         topk = fork(x, tok, logp, 4, 1.5, "topk", None)[1]
         x, tok, logp = fork(x, tok, logp, 4, 1.5, "causal", None)
         assert tok.tolist() == [owners]

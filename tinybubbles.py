@@ -90,19 +90,33 @@ class Config:
 
 class Cache:
     """What decoding must remember of earlier tokens; it only ever grows. Pass an empty one to `model(idx, cache=...)`,
-    then the same one with each next chunk of tokens. A cache belongs to one model and one batch."""
+    then the same one with each next chunk of tokens. A cache belongs to one model and one batch, and has no gradient."""
 
     def __init__(self):
         self.length = 0    # tokens seen
-        self.kv = {}       # block -> keys (B, H, S, d) with logp in their last channel, values (B, H, S, d) times P
-        self.extras = {}   # fork layer -> scores of all extras seen, sorted (B, M), and the number admitted (B, 1)
+        self.kv = {}       # block -> keys with logp in their last channel, and values times P: (2, B, H, room, d)
+        self.count = {}    # fork layer, or 0 -> streams that each row holds in the blocks from there on (B, 1)
+        self.extras = {}   # fork layer -> scores of all extras seen (B, M), -inf = none, and the number admitted (B, 1)
+
+    def place(self, layer, tok):
+        """Choose where the new streams of the blocks from `layer` on go: each row's own next slots. Its padding comes
+        last, and the next chunk overwrites it. mask (B, 1, N, S): 0 where a new stream may attend, else -inf."""
+        count = self.count.get(layer, tok.new_zeros(tok.size(0), 1))
+        self.slot = count + torch.arange(tok.size(1), device=tok.device)             # (B, N)
+        self.count[layer] = count + (tok >= 0).sum(1, keepdim=True)
+        self.size, self.mask = int(self.slot.max()) + 1, None                        # no mask at first: plain causal
+        if self.length:
+            hidden = torch.arange(self.size, device=tok.device) > self.slot.unsqueeze(-1)
+            self.mask = torch.zeros_like(hidden, dtype=self.kv[0].dtype).masked_fill(hidden, -math.inf).unsqueeze(1)
 
     def append_kv(self, layer, k, v):
-        """Add the keys and values (B, H, N, d) of new streams; return all of them, (B, H, S, d) each."""
-        if layer in self.kv:
-            k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.kv[layer], (k, v)))
-        self.kv[layer] = k, v
-        return k, v
+        """Add the keys and values (B, H, N, d) of new streams; return those to attend to, (B, H, S, d) each."""
+        new = torch.stack((k, v)).detach()                                           # (2, B, H, N, d)
+        kv = self.kv.get(layer, new[:, :, :, :0])
+        if kv.size(3) < self.size:
+            kv = F.pad(kv, (0, 0, 0, self.size + self.size // 32 + 16 - kv.size(3)))
+        self.kv[layer] = kv.scatter_(3, self.slot[:, None, :, None].expand_as(new), new)
+        return (k, v) if self.mask is None else kv[:, :, :, :self.size].unbind()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -125,38 +139,57 @@ def sum_per_token(values, tok, T):
     return values.new_zeros(values.size(0), T + 1, *values.shape[2:]).scatter_add(1, index, values)[:, :T]
 
 
-def count_at_least(ascending, values):
-    """How many of `ascending` (..., A), sorted, are >= each of `values` (..., M): (..., M)."""
-    return ascending.size(-1) - torch.searchsorted(ascending, values.contiguous())
+def count_at_least(seen, values):
+    """How many of seen (..., A) are >= each of values (..., M): (..., M)."""
+    if values.size(-1) <= 16:
+        return (seen.unsqueeze(-2) >= values.unsqueeze(-1)).sum(-1)
+    return seen.size(-1) - torch.searchsorted(seen.sort().values, values.contiguous())
 
 
 def count_earlier_at_least(values, slack=0.0):
-    """How many earlier entries of its row are >= each entry of values (B, M), less the slack: (B, M). A merge sort's
-    ladder: at width w every right half is counted against the left half beside it; O(M log^2 M) time, O(M) memory."""
+    """How many earlier entries of its row are >= each entry of values (B, M), less the slack: (B, M). Pairwise among
+    every 16; from there a merge sort's ladder: at width w every right half is counted against the left half beside it;
+    O(M log^2 M) time, O(M) memory."""
     B, M = values.shape
-    size = 1 << (M - 1).bit_length()
+    width, size = 16, 16 << ((M - 1) // 16).bit_length()
     values = F.pad(values, (0, size - M), value=-math.inf)
-    counts, width = torch.zeros_like(values, dtype=torch.int64), 1
+    few = values.view(B, -1, width)                                                  # (B, size / 16, 16)
+    earlier = torch.ones(width, width, dtype=torch.bool, device=values.device).tril(-1)
+    counts = ((few.unsqueeze(-2) >= few.unsqueeze(-1) - slack) & earlier).sum(-1).view(B, size)
     while width < size:
         left, right = values.view(B, -1, 2, width).unbind(2)                         # (B, size / 2w, w) each
-        counts.view(B, -1, 2, width)[:, :, 1] += count_at_least(left.sort().values, right - slack)
+        counts.view(B, -1, 2, width)[:, :, 1] += count_at_least(left, right - slack)
         width *= 2
     return counts[:, :M]
 
 
-def select_topk(score, original, size):
-    """The paper's rule: every original and the best extras of the whole sequence, `size` in all (equal scores: the
-    earlier first). Not causal: a later token can evict an earlier one's fork. score, original, result: (B, M)."""
-    best = score.masked_fill(original, math.inf).sort(dim=1, descending=True, stable=True).indices[:, :size]
-    return torch.zeros_like(original).scatter(1, best, True)
+def select_topk(score, size):
+    """The paper's rule: the best `size` candidates of the whole sequence (equal scores: the earlier first). Not causal:
+    a later token can evict an earlier one's fork. score (B, M), of originals inf; returns which survive, (B, M) bool."""
+    best = score.sort(dim=1, descending=True, stable=True).indices[:, :size]
+    return torch.zeros_like(score, dtype=torch.bool).scatter(1, best, True)
+
+
+def select_next(score, allowed, earlier, used):
+    """Our rule, for one token: those of its extras survive that fewer than E(t) others of tokens up to t beat, the best
+    first, as long as the budget lasts. Equal scores: the earlier wins.
+
+    score (B, M): of the token's extras, -inf for every other slot; allowed (1,): E(t), the extras that tokens up to t
+    may hold; earlier (B, M'): scores of all extras of earlier tokens, admitted or not; used (B, 1): extras admitted so
+    far. Returns the admitted extras (B, M), bool, and used after this token (B, 1)."""
+    best, order = score.sort(dim=1, descending=True, stable=True)
+    i = torch.arange(score.size(1), device=score.device)
+    rank = i + count_at_least(earlier, best - TIE)                                   # (B, M), rises along a row
+    wanted = ((rank < allowed) & (best > -math.inf)).sum(1, keepdim=True)            # (B, 1)
+    used_after = (used + wanted).minimum(used.maximum(allowed))                      # E(t), if that is not past
+    admitted = i < used_after - used                                                 # (B, M)
+    return torch.zeros_like(admitted).scatter(1, order, admitted), used_after
 
 
 def select_causal(score, tok, allowed, earlier, used):
-    """Our rule: choose token by token, never look ahead, never exceed the budget on any prefix.
-
-    score (B, M): of the extras, -inf for every other slot; tok (B, M): their tokens; allowed (T,): E(t), the extras
-    that tokens up to t may hold; earlier (B, M'), sorted: scores of all extras of the tokens before this chunk;
-    used (B, 1): extras admitted so far. Returns the admitted extras (B, M), bool, and used after each token (B, T)."""
+    """`select_next` for T tokens one after the other, all at once: allowed (T,), tok (B, M): the tokens of the slots,
+    earlier and used: of the tokens before these T. Returns the admitted extras (B, M) and used after each token (B, T).
+    """
     T = allowed.size(0)
     order = score.sort(dim=1, descending=True, stable=True).indices                  # best extra first ...
     order = order.gather(1, tok.gather(1, order).sort(dim=1, stable=True).indices)   # ... within each token
@@ -187,44 +220,51 @@ class Fork(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.n_embd))                    # added to a fork, not its parent
 
     def forward(self, x, tok, logp, T, budget, routing, cache):
-        original = tok != F.pad(tok[:, 1:], (0, 1), value=-1)                        # (B, N): last stream of its token
-        candidates = self.candidate_scores(x, logp, original)                        # (B, M)
-        keep = self.select(candidates.detach(), original, tok, T, budget, routing, cache)     # (B, M) bool
-        size = min(keep.size(1), quota(budget, T)) if cache is None else int(keep.sum(1).max())
-        return self.gather(x, tok, candidates, keep, size)
+        original = tok != torch.cat((tok[:, 1:], tok.new_full((tok.size(0), 1), -1)), 1)      # (B, N): last of its token
+        fork, keep = self.scores(x, logp, original)                                  # (B, N) each
+        candidates = torch.stack((fork, keep), -1).flatten(1)                        # (B, M)
+        ranking = self.ranking(fork.detach(), keep.detach(), original, tok)          # (B, M)
+        survives = self.select(ranking, tok, T, budget, routing, cache)              # (B, M), bool
+        size = min(ranking.size(1), quota(budget, T)) if cache is None else int(survives.sum(1).max())
+        return self.gather(x, tok, candidates, survives, size)
 
-    def candidate_scores(self, x, logp, original):
-        """New log cumulative scores if forked and if kept (eqs. 1-3), (B, M) float32. An elementwise product rather
-        than a matmul: the same stream scores the same bits in any chunk, so equal scores stay equal when decoding."""
+    def scores(self, x, logp, original):
+        """New log cumulative scores if forked and if kept (eqs. 1-3), (B, N) float32 each. An elementwise product
+        rather than a matmul: a stream scores the same bits in any chunk, so equal scores stay equal when decoding."""
         a = (self.ln(x).float().unsqueeze(-2) * self.score.weight.float()).sum(-1)   # (B, N, 2)
         fork, keep = F.logsigmoid(a).clamp(min=MIN_SCORE).unbind(-1)                 # (B, N) each
         if not self.fades_originals:
             keep = keep.masked_fill(original, 0.0)                                   # an original's P stays 1
-        return torch.stack((logp + fork, logp + keep), -1).flatten(1)
+        return logp + fork, logp + keep
 
-    def select(self, score, original, tok, T, budget, routing, cache):
+    def ranking(self, fork, keep, original, tok):
+        """What candidates compete by, (B, M): their scores, old forks' with the margin; originals win (eq. 4)."""
+        keep = torch.where(original, math.inf, keep + self.margin)                   # (B, N)
+        return torch.stack((fork, keep), -1).masked_fill((tok < 0).unsqueeze(-1), -math.inf).flatten(1)
+
+    def select(self, score, tok, T, budget, routing, cache):
         """Which candidates survive, (B, M) bool: every original, and the extras that `routing` chooses (eqs. 4-5)."""
-        original = torch.stack((torch.zeros_like(original), original), -1).flatten(1)     # (B, M): kept, not forked
-        tok = tok.repeat_interleave(2, dim=1)                                        # (B, M)
-        score = score + self.margin * (torch.arange(score.size(1), device=tok.device) % 2)    # old forks
-        score = score.masked_fill(tok < 0, -math.inf)
         if routing == "topk":
-            return select_topk(score, original, min(tok.size(1), quota(budget, T)))
+            return select_topk(score, min(score.size(1), quota(budget, T)))
+        original = score == math.inf
         score = score.masked_fill(original, -math.inf)
         start, (earlier, used) = 0, (score.new_empty(tok.size(0), 0), tok.new_zeros(tok.size(0), 1))
         if cache is not None:
             start, (earlier, used) = cache.length, cache.extras.get(self.layer, (earlier, used))
         t = torch.arange(start + 1, start + T + 1, device=tok.device)
-        admitted, used_after = select_causal(score, tok, quota(budget, t) - t, earlier, used)
+        allowed = quota(budget, t) - t                                               # (T,)
+        if T == 1:
+            admitted, used_after = select_next(score, allowed, earlier, used)
+        else:
+            admitted, used_after = select_causal(score, tok.repeat_interleave(2, 1), allowed, earlier, used)
         if cache is not None:
-            score = score.sort().values[:, T:]                                       # T of them are originals: -inf
-            cache.extras[self.layer] = torch.cat((earlier, score), dim=1).sort().values, used_after[:, -1:]
+            cache.extras[self.layer] = torch.cat((earlier, score), dim=1), used_after[:, -1:]
         return original | admitted
 
-    def gather(self, x, tok, candidates, keep, size):
+    def gather(self, x, tok, candidates, survives, size):
         """The survivors' x (B, size, D), tok and logp (B, size): slot 2j+1 is stream j, slot 2j its fork (eq. 6)."""
-        slot = (~keep).byte().sort(dim=1, stable=True).indices[:, :size]             # survivors in order, then the rest
-        real = keep.gather(1, slot)                                                  # (B, size); the rest is padding
+        slot = (~survives).byte().sort(dim=1, stable=True).indices[:, :size]         # survivors in order, then the rest
+        real = survives.gather(1, slot)                                                  # (B, size); the rest is padding
         parent, is_fork = slot // 2, (slot % 2 == 0).unsqueeze(-1)
         row = torch.arange(x.size(0), device=x.device).unsqueeze(-1) * x.size(1)
         x = x.flatten(0, 1).index_select(0, (row + parent).flatten()).view(*slot.shape, -1) + is_fork * self.embedding
@@ -241,14 +281,14 @@ def rotary(tok, T, start, head_size):
     count = sum_per_token(torch.ones_like(tok), tok, T)                              # (B, T)
     owner, i = tok.clamp(min=0), torch.arange(tok.size(1), device=tok.device)
     from_right = count.cumsum(1).gather(1, owner) - 1 - i                            # (B, N)
-    position = start + owner + 1 - from_right / count.gather(1, owner)
-    frequency = 10000.0 ** -(torch.arange(0, head_size, 2, device=tok.device) / head_size)   # (d/2,)
+    position = (start + 1) + owner - from_right / count.gather(1, owner)
+    frequency = 10000.0 ** (torch.arange(0, head_size, 2, device=tok.device) / -head_size)   # (d/2,)
     angle = position[:, None, :, None] * frequency
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Rotate the first half of each head (B, H, N, d) with its second half."""
+    """Rotate the first half of each head (..., B, H, N, d) with its second half."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
@@ -261,22 +301,19 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.has_scores = bool(config.fork_layers)                                   # a plain GPT keeps all channels
-        self.score_scale = math.sqrt(config.n_embd // config.n_head) if config.form == "ours" else 1.0
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, logp, rotation, cache):
+    def forward(self, x, P, channel, rotation, cache):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-        if self.has_scores:
-            q[..., -1], k[..., -1] = 1, logp.unsqueeze(1) * self.score_scale
-        v = v * logp.exp().type_as(v).view(B, 1, N, 1)
+        qkv = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, N, d)
+        qk, v = rotate(qkv[:2], *rotation), qkv[2]                                   # (2, B, H, N, d), (B, H, N, d)
+        if channel is not None:
+            qk[..., -1], v = channel, (v * P.unsqueeze(1)).type_as(v)
+        q, k = qk
         if cache is not None:
             k, v = cache.append_kv(self.layer, k, v)                                 # (B, H, S, d) each
-        S = k.size(2)
-        mask = None if S == N else torch.ones(N, S, dtype=torch.bool, device=x.device).tril(S - N)
+        mask = None if cache is None else cache.mask                                 # (B, 1, N, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, N, D))                         # (B, N, D)
@@ -303,10 +340,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, logp, rotation, cache):
-        P = logp.exp().unsqueeze(-1)                                                 # (B, N, 1)
-        x = x + P * self.drop(self.attn(self.ln_1(x), logp, rotation, cache))
-        return x + P * self.drop(self.mlp(self.ln_2(x)))                             # (B, N, D)
+    def forward(self, x, P, channel, rotation, cache):
+        x = torch.addcmul(x, P, self.drop(self.attn(self.ln_1(x), P, channel, rotation, cache)))
+        return torch.addcmul(x, P, self.drop(self.mlp(self.ln_2(x))))                # x + P * write, (B, N, D)
 
 
 def logsumexp_per_token(values, tok, T):
@@ -374,13 +410,15 @@ class Tinybubbles(nn.Module):
         x = self.drop(self.wte(idx))                                                 # (B, N, D), N = T so far
         tok = torch.arange(T, device=idx.device).expand(B, T)                        # (B, N), within this chunk
         logp = torch.zeros(B, T, device=idx.device)                                  # (B, N)
-        head_size = self.config.n_embd // self.config.n_head
-        rotation = rotary(tok, T, start, head_size)
         for l, block in enumerate(self.blocks):
             if l in self.config.fork_layers:
                 x, tok, logp = self.forks[str(l)](x, tok, logp, T, budget, routing, cache)
-                rotation = rotary(tok, T, start, head_size)
-            x = block(x, logp, rotation, cache)
+            if l == 0 or l in self.config.fork_layers:
+                rotation = rotary(tok, T, start, self.config.n_embd // self.config.n_head)
+                P, channel = logp.exp().unsqueeze(-1), self.score_channel(logp)      # (B, N, 1), (2, B, 1, N)
+                if cache is not None:
+                    cache.place(l, tok)
+            x = block(x, P, channel, rotation, cache)
             if streams is not None:
                 streams.append((torch.where(tok < 0, -1, tok + start), logp))
         if cache is not None:
@@ -388,6 +426,13 @@ class Tinybubbles(nn.Module):
         merge = self.merge_residual if self.config.merge == "residual" else self.merge_probability
         log_probs = merge(x, tok, logp, T, targets)
         return (log_probs, None) if targets is None else (None, mean_loss(log_probs, targets))
+
+    def score_channel(self, logp):
+        """What the last channel of queries and keys holds, (2, B, 1, N): 1 and logp (B, N), sqrt(d) times that in our
+        form, which undoes attention's division. None: a plain GPT, which keeps the channel."""
+        if self.config.fork_layers:
+            scale = 1 if self.config.form == "paper" else math.sqrt(self.config.n_embd // self.config.n_head)
+            return torch.stack((torch.ones_like(logp), scale * logp)).unsqueeze(2)
 
     def check_call(self, idx, budget, routing, cache):
         """Refuse what a call cannot do; return its budget, its routing and the number of tokens before it."""

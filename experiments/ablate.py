@@ -141,41 +141,37 @@ class VariantFork(Fork):
             x = x * (1 + P - P.detach())
         if self.variant.originals == "normalised":
             logp = normalised(logp, tok, T)
-        self.log_count = sum_per_token(torch.ones_like(logp), tok, T).gather(1, tok.clamp(min=0)).log()   # (B, N)
+        if self.variant.share:
+            logp.log_count = sum_per_token(torch.ones_like(logp), tok, T).gather(1, tok.clamp(min=0)).log()   # (B, N)
         return x, tok, logp
 
-    def candidate_scores(self, x, logp, original):
+    def scores(self, x, logp, original):
         v = self.variant
         a = (self.ln(x).float().unsqueeze(-2) * self.score.weight.float()).sum(-1)   # (B, N, 2)
         a = a / v.temperature + a.new_tensor((v.fork_bias, v.keep_bias))
         fork, keep = F.logsigmoid(a).clamp(min=MIN_SCORE).unbind(-1)
         if (v.originals or ("faded" if self.fades_originals else "kept")) != "faded":
             keep = keep.masked_fill(original, 0.0)
-        return torch.stack((logp + fork, logp + keep), -1).flatten(1)
+        return logp + fork, logp + keep
 
-    def select(self, score, *rest):
+    def ranking(self, fork, keep, original, tok):
         if self.variant.select == "random":
-            score = torch.rand_like(score)
+            fork, keep = torch.rand(*fork.shape, 2, device=fork.device).unbind(-1)
         elif self.variant.select == "noisy" and self.training:
-            score = score - torch.empty_like(score).exponential_().log()
-        return super().select(score, *rest)
+            fork, keep = (torch.stack((fork, keep), -1) - torch.empty(*fork.shape, 2).exponential_().log()).unbind(-1)
+        return super().ranking(fork, keep, original, tok)
 
 
 class VariantAttention(CausalSelfAttention):
-    """Attention with log P in its logits, and P on its values, as a Variant says."""
+    """Attention with P on its values, or not; and its queries and keys in reach."""
 
-    def forward(self, x, logp, rotation, cache):
+    def forward(self, x, P, channel, rotation, cache):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        scale = {"divided": 1.0, "undivided": math.sqrt(D // self.n_head), "none": 0.0, "": self.score_scale}
-        bias = logp * scale[self.variant.logits]
-        if self.variant.share and self.fork:
-            bias = bias - self.fork.log_count * math.sqrt(D // self.n_head)
-        bias = torch.where(logp <= PADDING, logp, bias)
-        q[..., -1], k[..., -1] = 1, bias.unsqueeze(1)
+        q[..., -1], k[..., -1] = channel
         if self.variant.values:
-            v = v * logp.exp().view(B, 1, N, 1)
+            v = v * P.unsqueeze(1)
         self.qk = q.detach(), k.detach()                                             # for `look`
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(y.transpose(1, 2).reshape(B, N, D))
@@ -184,15 +180,25 @@ class VariantAttention(CausalSelfAttention):
 class VariantBlock(Block):
     """A block whose writes are scaled by P, or not."""
 
-    def forward(self, x, logp, rotation, cache):
-        P = logp.exp().unsqueeze(-1) if self.variant.writes else 1.0                 # (B, N, 1)
-        x = x + P * self.attn(self.ln_1(x), logp, rotation, cache)
-        self.out = x + P * self.mlp(self.ln_2(x))                                    # for `look`
+    def forward(self, x, P, channel, rotation, cache):
+        write = P if self.variant.writes else 1.0                                    # (B, N, 1)
+        x = x + write * self.attn(self.ln_1(x), P, channel, rotation, cache)
+        self.out = x + write * self.mlp(self.ln_2(x))                                # for `look`
         return self.out
 
 
 class VariantModel(Tinybubbles):
-    """The model with a Variant's merge."""
+    """The model with a Variant's log P in attention, and its merge."""
+
+    def score_channel(self, logp):
+        ones, own = super().score_channel(logp)                                      # (B, 1, N) each
+        root, padding = math.sqrt(self.config.n_embd // self.config.n_head), (logp <= PADDING).unsqueeze(1)
+        scale = {"divided": 1.0, "undivided": root, "none": 0.0}
+        if self.variant.logits:
+            own = (logp * scale[self.variant.logits]).unsqueeze(1)
+        if hasattr(logp, "log_count"):
+            own = own - root * logp.log_count.unsqueeze(1)
+        return torch.stack((ones, torch.where(padding, PADDING, own)))
 
     def merge_residual(self, x, tok, logp, T, targets):
         if self.variant.merge == "original":
@@ -213,9 +219,6 @@ def vary(model, variant):
     for module in list(model.modules()) if model.config.fork_layers else []:
         if type(module) in kinds:
             module.__class__, module.variant = kinds[type(module)], variant
-    for block in model.blocks:
-        before = [fork for l, fork in model.forks.items() if int(l) <= block.attn.layer]
-        block.attn.__dict__["fork"] = before[-1] if before else None                 # no submodule of the attention's
     for fork in model.forks.values():
         fork.margin = fork.margin if variant.margin == -1 else variant.margin
         if variant.large:

@@ -32,7 +32,7 @@ def worked_example():
     for scores in SCORES:
         fork = Fork(Config(n_embd=2, n_head=1), 1)
         torch.nn.init.constant_(fork.embedding, 100)
-        fork.candidate_scores = lambda x, logp, original: (logp.unsqueeze(-1) + torch.tensor([scores]).log()).flatten(1)
+        fork.scores = lambda x, logp, original: (logp.unsqueeze(-1) + torch.tensor([scores]).log()).unbind(-1)
         x = torch.arange(x.size(1)).float().view(1, -1, 1).expand(-1, -1, 2)      # each stream carries its own number
         x, tok, logp = fork(x, tok, logp, 4, BUDGET, "causal", None)
         parents = [(int(number) % 100, number >= 100) for number in x[0, :, 0].tolist()]

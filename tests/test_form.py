@@ -25,7 +25,7 @@ def old_forks_kept(margin):
     fork = model.forks["1"]
     fork.margin = margin
     select = fork.select
-    fork.select = lambda score, original, *rest: kept.append((~original, select(score, original, *rest))) or kept[-1][1]
+    fork.select = lambda score, *rest: kept.append((score[:, 1::2].isfinite(), select(score, *rest))) or kept[-1][1]
     model(text())
     old, chosen = kept[0]
     return (chosen[:, 1::2] & old).sum().item() / old.sum().item()
@@ -51,7 +51,8 @@ def test_a_fork_whose_p_ends_leaves_attention_in_the_default_form_and_holds_a_sh
     attention, F.scaled_dot_product_attention = F.scaled_dot_product_attention, lambda q, k, v, **rest: (
         seen.append((q @ k.transpose(-2, -1) / q.size(-1) ** 0.5).softmax(-1)[0, 0, 1, 0].item()) or v)
     try:
-        attn(x, torch.tensor([[-20.0, 0.0]]), (torch.ones(1, 1, 2, 16), torch.zeros(1, 1, 2, 16)), None)
+        P, channel = torch.ones(1, 2, 1), model.score_channel(torch.tensor([[-20.0, 0.0]]))
+        attn(x, P, channel, (torch.ones(1, 1, 2, 16), torch.zeros(1, 1, 2, 16)), None)
     finally:
         F.scaled_dot_product_attention = attention
     expected = torch.tensor([-20.0 / (1 if form == "ours" else 32 ** 0.5), 0.0]).softmax(0)[0].item()

@@ -34,7 +34,7 @@ def test_bad_calls_are_refused_and_leave_the_cache_alone():
                           ((tokens(0, T=13), dict(cache=cache)), "block_size"), ((tokens(0, T=25), {}), "block_size")):
         with pytest.raises(ValueError, match=message):
             model(args[0], **args[1])
-    assert cache.length == 12 and cache.kv[0][0].size(2) == 12
+    assert cache.length == 12 and cache.count[0].tolist() == [[12], [12]]
 
 
 # -- generation ------------------------------------------------------------------------------------------------------
