@@ -24,6 +24,7 @@ class Settings:
     top_k: int = knob(0, "sample among the k likeliest tokens; 0 = all", low=0)
     budget: float = knob(None, "streams per token, 1 or more; default: as trained", "float", low=1)
     seed: int = knob(0, "the first sample's; the next ones count up from it", low=0)
+    compile: bool = knob(False, "torch.compile the step that reads one token: slow to start, faster then")
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
 
 
@@ -86,10 +87,11 @@ def main(argv):
         print("".join(map(text, prompt)), end="", flush=True)
         generator = torch.Generator(device).manual_seed(seed)
         for token in model.generate_steps(idx, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
-                                          budget=s.budget, generator=generator, streams=streams):
+                                          budget=s.budget, generator=generator, streams=streams, compile=s.compile):
             print(text(token.item()), end="", flush=True)
             tok, _ = streams[-1]                                      # (1, N) of the last block: those that merge
-            n_tokens, n_streams = n_tokens + (tok[0, -1] - tok[0, 0] + 1).item(), n_streams + tok.size(1)
+            tok = tok[tok >= 0]
+            n_tokens, n_streams = n_tokens + (tok[-1] - tok[0] + 1).item(), n_streams + tok.numel()
             streams.clear()
         print(text(None) + "\n" + "-" * 80, flush=True)
     made, seconds = s.num_samples * s.max_new_tokens, time.perf_counter() - started

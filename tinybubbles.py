@@ -22,11 +22,14 @@ M = 2N candidates, in the order (fork of stream 0, stream 0, fork of stream 1, s
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+CHUNK = 2**25        # logits held at once in training
 MARGIN = 2.0         # an old fork, kept, gives way only to extras that score this much more: exp(2) = 7.4 times its P
 MIN_SCORE = -20.0    # one fork layer multiplies P by exp(-20) at the least
 TIE = 5e-6           # scores of two tokens this close are equal: rounding must not choose, it differs between chunkings
@@ -97,26 +100,54 @@ class Cache:
         self.kv = {}       # block -> keys with logp in their last channel, and values times P: (2, B, H, room, d)
         self.count = {}    # fork layer, or 0 -> streams that each row holds in the blocks from there on (B, 1)
         self.extras = {}   # fork layer -> scores of all extras seen (B, M), -inf = none, and the number admitted (B, 1)
+        self.fixed = False
+
+    def fix(self, tokens, budget):
+        """Make room for `tokens` tokens in all, to be read one by one: from here on no shape depends on data and nothing
+        waits for the device, so that a step can be compiled, or recorded as a CUDA graph. Needs a first chunk."""
+        for l, kv in self.kv.items():
+            streams = 2 ** sum(fork <= l for fork in self.extras)                    # of one token at the most
+            room = min(quota(budget, tokens), streams * tokens) + streams
+            self.kv[l] = F.pad(kv, (0, 0, 0, room - kv.size(3)))                     # or cut what was to spare
+        for i, (layer, (scores, used)) in enumerate(self.extras.items()):
+            more = 2 ** (i + 1) * (tokens - self.length)
+            self.extras[layer] = F.pad(scores, (more, 0), value=-math.inf), used.clone()
+        self.length, self.fixed = torch.tensor(self.length, device=self.kv[0].device), True
+        for state in (self.length, *self.kv.values(), *self.count.values(), *sum(self.extras.values(), ())):
+            torch._dynamo.mark_static_address(state)
 
     def place(self, layer, tok):
         """Choose where the new streams of the blocks from `layer` on go: each row's own next slots. Its padding comes
-        last, and the next chunk overwrites it. mask (B, 1, N, S): 0 where a new stream may attend, else -inf."""
-        count = self.count.get(layer, tok.new_zeros(tok.size(0), 1))
-        self.slot = count + torch.arange(tok.size(1), device=tok.device)             # (B, N)
-        self.count[layer] = count + (tok >= 0).sum(1, keepdim=True)
-        self.size, self.mask = int(self.slot.max()) + 1, None                        # no mask at first: plain causal
-        if self.length:
-            hidden = torch.arange(self.size, device=tok.device) > self.slot.unsqueeze(-1)
-            self.mask = torch.zeros_like(hidden, dtype=self.kv[0].dtype).masked_fill(hidden, -math.inf).unsqueeze(1)
+        last, and the next chunk overwrites it. Returns a function that adds keys and values to a block's."""
+        count = self.count.setdefault(layer, tok.new_zeros(tok.size(0), 1))
+        slot = count + torch.arange(tok.size(1), device=tok.device)                  # (B, N)
+        count += (tok >= 0).sum(1, keepdim=True)
+        if layer not in self.kv:
+            return partial(self.append_kv, slot, int(slot.max()) + 1, None)
+        size = self.kv[layer].size(3) if self.fixed else int(slot.max()) + 1
+        hidden = torch.arange(size, device=tok.device) > slot.unsqueeze(-1)          # (B, N, S)
+        mask = torch.zeros_like(hidden, dtype=self.kv[layer].dtype).masked_fill(hidden, -math.inf).unsqueeze(1)
+        return partial(self.append_kv, slot, size, mask)
 
-    def append_kv(self, layer, k, v):
-        """Add the keys and values (B, H, N, d) of new streams; return those to attend to, (B, H, S, d) each."""
+    def append_kv(self, slot, size, mask, layer, k, v):
+        """Add the keys and values (B, H, N, d) of new streams; return those to attend to, (B, H, S, d) each, and the
+        mask to add (B, 1, N, S): 0, or -inf; None is plain causal, among the first chunk's own."""
         new = torch.stack((k, v)).detach()                                           # (2, B, H, N, d)
         kv = self.kv.get(layer, new[:, :, :, :0])
-        if kv.size(3) < self.size:
-            kv = F.pad(kv, (0, 0, 0, self.size + self.size // 32 + 16 - kv.size(3)))
-        self.kv[layer] = kv.scatter_(3, self.slot[:, None, :, None].expand_as(new), new)
-        return (k, v) if self.mask is None else kv[:, :, :, :self.size].unbind()
+        if kv.size(3) < size:
+            kv = F.pad(kv, (0, 0, 0, size + size // 32 + 16 - kv.size(3)))           # some to spare
+        self.kv[layer] = kv.scatter_(3, slot[:, None, :, None].expand_as(new), new)
+        return (k, v, None) if mask is None else (*kv[:, :, :, :size], mask)
+
+    def append_extras(self, layer, scores, used):
+        """Add the scores of a chunk's extras (B, M); used (B, 1) were admitted after it. When fixed they push out as
+        many -inf on the left."""
+        earlier, used_before = self.extras.get(layer, (scores[:, :0], used))
+        if self.fixed:
+            earlier.copy_(torch.cat((earlier[:, scores.size(1):], scores), dim=1))
+            used_before.copy_(used)
+        else:
+            self.extras[layer] = torch.cat((earlier, scores), dim=1), used
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -225,7 +256,9 @@ class Fork(nn.Module):
         candidates = torch.stack((fork, keep), -1).flatten(1)                        # (B, M)
         ranking = self.ranking(fork.detach(), keep.detach(), original, tok)          # (B, M)
         survives = self.select(ranking, tok, T, budget, routing, cache)              # (B, M), bool
-        size = min(ranking.size(1), quota(budget, T)) if cache is None else int(survives.sum(1).max())
+        size = ranking.size(1) if cache else min(ranking.size(1), quota(budget, T))
+        if cache and not cache.fixed:
+            size = int(survives.sum(1).max())                                        # the widest row's: fewer, but a wait
         return self.gather(x, tok, candidates, survives, size)
 
     def scores(self, x, logp, original):
@@ -251,14 +284,14 @@ class Fork(nn.Module):
         start, (earlier, used) = 0, (score.new_empty(tok.size(0), 0), tok.new_zeros(tok.size(0), 1))
         if cache is not None:
             start, (earlier, used) = cache.length, cache.extras.get(self.layer, (earlier, used))
-        t = torch.arange(start + 1, start + T + 1, device=tok.device)
+        t = start + torch.arange(1, T + 1, device=tok.device)
         allowed = quota(budget, t) - t                                               # (T,)
         if T == 1:
             admitted, used_after = select_next(score, allowed, earlier, used)
         else:
             admitted, used_after = select_causal(score, tok.repeat_interleave(2, 1), allowed, earlier, used)
         if cache is not None:
-            cache.extras[self.layer] = torch.cat((earlier, score), dim=1), used_after[:, -1:]
+            cache.append_extras(self.layer, score, used_after[:, -1:])
         return original | admitted
 
     def gather(self, x, tok, candidates, survives, size):
@@ -304,16 +337,14 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, P, channel, rotation, cache):
+    def forward(self, x, P, channel, rotation, append):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, N, d)
         qk, v = rotate(qkv[:2], *rotation), qkv[2]                                   # (2, B, H, N, d), (B, H, N, d)
         if channel is not None:
             qk[..., -1], v = channel, (v * P.unsqueeze(1)).type_as(v)
         q, k = qk
-        if cache is not None:
-            k, v = cache.append_kv(self.layer, k, v)                                 # (B, H, S, d) each
-        mask = None if cache is None else cache.mask                                 # (B, 1, N, S)
+        k, v, mask = append(self.layer, k, v) if append else (k, v, None)            # (B, H, S, d) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, N, D))                         # (B, N, D)
@@ -340,8 +371,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, P, channel, rotation, cache):
-        x = torch.addcmul(x, P, self.drop(self.attn(self.ln_1(x), P, channel, rotation, cache)))
+    def forward(self, x, P, channel, rotation, append):
+        x = torch.addcmul(x, P, self.drop(self.attn(self.ln_1(x), P, channel, rotation, append)))
         return torch.addcmul(x, P, self.drop(self.mlp(self.ln_2(x))))                # x + P * write, (B, N, D)
 
 
@@ -351,6 +382,11 @@ def logsumexp_per_token(values, tok, T):
     top = values.new_full((values.size(0), T + 1, *values.shape[2:]), -math.inf)
     top = top.scatter_reduce(1, index, values.detach(), "amax")                      # (B, T + 1, ...)
     return top[:, :T] + sum_per_token((values - top.gather(1, index)).exp(), tok, T).log()
+
+
+def nats(x, y, W):
+    """Negative log-probability (M,) of the words y (M,) after x (M, D), under the head W (V, D)."""
+    return F.cross_entropy(F.linear(x, W).float(), y, reduction="none")
 
 
 def mean_loss(log_probs, targets):
@@ -416,9 +452,8 @@ class Tinybubbles(nn.Module):
             if l == 0 or l in self.config.fork_layers:
                 rotation = rotary(tok, T, start, self.config.n_embd // self.config.n_head)
                 P, channel = logp.exp().unsqueeze(-1), self.score_channel(logp)      # (B, N, 1), (2, B, 1, N)
-                if cache is not None:
-                    cache.place(l, tok)
-            x = block(x, P, channel, rotation, cache)
+                append = None if cache is None else cache.place(l, tok)
+            x = block(x, P, channel, rotation, append)
             if streams is not None:
                 streams.append((torch.where(tok < 0, -1, tok + start), logp))
         if cache is not None:
@@ -439,9 +474,10 @@ class Tinybubbles(nn.Module):
         budget = check_budget(self.config.budget if budget is None else budget)
         routing = check_choice("routing", self.config.routing if routing is None else routing, "causal", "topk")
         start = 0 if cache is None else cache.length
-        if idx.dim() != 2 or idx.size(1) == 0 or start + idx.size(1) > self.config.block_size:
-            raise ValueError(f"idx must be (B, T) with 1 <= T <= block_size - cache.length = {self.config.block_size}"
-                             f" - {start}, not {tuple(idx.shape)}")
+        most = 1 if cache is not None and cache.fixed else self.config.block_size - start
+        if idx.dim() != 2 or not 1 <= idx.size(1) <= most:
+            raise ValueError(f"idx must be (B, T) with 1 <= T <= {most}, which is block_size - cache.length, or 1 for a "
+                             f"fixed cache, not {tuple(idx.shape)}")
         if routing == "topk" and cache is not None:
             raise ValueError("routing 'topk' cannot decode from a cache, since later tokens change its earlier choices;"
                              " use routing 'causal', or give it the whole sequence without a cache")
@@ -450,45 +486,58 @@ class Tinybubbles(nn.Module):
     def merge_probability(self, x, tok, logp, T, targets):
         """Eq. 11: p(y|t) = sum_j P_j softmax(W LN(x_j)) / sum_j P_j over the streams of token t, in log space. Returns
         log p (B, T, V); with targets only theirs (B, T): per-stream cross-entropy first, V never meets T."""
-        log_probs = F.linear(self.ln_f(x), self.wte.weight).float().log_softmax(-1)  # (B, N, V)
-        weight = logp
-        if targets is None:
-            weight = logp.unsqueeze(-1)                                              # (B, N, 1)
-        else:
-            y = targets.clamp(min=0).gather(1, tok.clamp(min=0))                     # (B, N)
-            log_probs = log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)            # (B, N)
+        y = None if targets is None else targets.gather(1, tok.clamp(min=0))         # (B, N)
+        log_probs = self.head(x, y)                                                  # (B, N, V) or (B, N)
+        weight = logp.view(*logp.shape, *[1] * (log_probs.dim() - 2))
         return logsumexp_per_token(weight + log_probs, tok, T) - logsumexp_per_token(weight, tok, T)
 
     def merge_residual(self, x, tok, logp, T, targets):
         """The authors' code: x_t = sum_j P_j x_j, then LN and head. Returns log p (B, T, V), or (B, T) for targets."""
-        x = sum_per_token(logp.exp().unsqueeze(-1) * x, tok, T)                      # (B, T, D)
-        log_probs = F.linear(self.ln_f(x), self.wte.weight).float().log_softmax(-1)  # (B, T, V)
-        return log_probs if targets is None else log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return self.head(sum_per_token(logp.exp().unsqueeze(-1) * x, tok, T), targets)
+
+    def head(self, x, y):
+        """log p of the next token: LN and head of x (B, N, D) -> (B, N, V), or (B, N) for targets y. For these the
+        logits are made CHUNK at a time, and anew for the gradient, so that not all of (B, N, V) ever exists."""
+        x, W = self.ln_f(x), self.wte.weight
+        if y is None:
+            return F.linear(x, W).float().log_softmax(-1)
+        rows = max(1, CHUNK // W.size(0))
+        chunks = list(zip(x.flatten(0, 1).split(rows), y.clamp(min=0).flatten().split(rows)))
+        again = partial(checkpoint, nats, use_reentrant=False, preserve_rng_state=False) if len(chunks) > 1 else nats
+        return -torch.cat([again(*chunk, W) for chunk in chunks]).view(y.shape)
 
     @torch.no_grad()
     def generate_steps(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None,
-                       streams=None):
+                       streams=None, compile=False):
         """Continue idx (B, T), token by token, each read once into a cache: yields max_new_tokens tensors (B, 1).
 
         temperature: 0 = always the likeliest. top_k: sample among the k likeliest; None or 0 = all. Of a prompt longer
         than block_size the last block_size tokens count. When the cache is full, the last block_size // 2 + 1 tokens
         are read again into a new one: contexts stay between half and full size, the cost per token constant on
-        average. streams: as in forward; it grows with every token read. ValueError: bad arguments."""
+        average. streams: as in forward; it grows with every token read. compile: torch.compile the step that reads one
+        token (CUDA graphs on a GPU). ValueError: bad arguments."""
         if not (temperature >= 0 and (top_k is None or top_k >= 0) and max_new_tokens >= 0):
             raise ValueError(f"temperature, top_k and max_new_tokens must be >= 0, not {temperature}, {top_k} and "
                              f"{max_new_tokens}")
-        block_size, cache = self.config.block_size, Cache()
+        block_size, cache, length = self.config.block_size, Cache(), 0
+        one = torch.compile(self, fullgraph=True, mode="reduce-overhead" if idx.is_cuda else None) if compile else self
         unread = recent = idx[:, -block_size:]
         for _ in range(max_new_tokens):
-            if cache.length + unread.size(1) > block_size:
-                unread, cache = recent[:, -(block_size // 2 + 1):], Cache()
-            logits, _ = self(unread, budget=budget, routing="causal", cache=cache, streams=streams)   # (B, T, V)
+            if length + unread.size(1) > block_size:
+                unread, cache, length = recent[:, -(block_size // 2 + 1):], Cache(), 0
+            read, new = one if cache.fixed else self, []
+            logits, _ = read(unread, budget=budget, routing="causal", cache=cache, streams=new)   # (B, T, V)
+            if compile and not cache.fixed:
+                cache.fix(block_size, self.config.budget if budget is None else budget)
+            if streams is not None:
+                streams += new
+            length += unread.size(1)
             unread = sample(logits[:, -1], temperature, top_k, generator)            # (B, 1)
             recent = torch.cat((recent, unread), dim=1)[:, -block_size:]
             yield unread
 
-    def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None):
+    def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None, compile=False):
         """Continue idx (B, T), int64: (B, T + max_new_tokens). Arguments as in generate_steps."""
         steps = self.generate_steps(idx, max_new_tokens, temperature=temperature, top_k=top_k, budget=budget,
-                                    generator=generator)
+                                    generator=generator, compile=compile)
         return torch.cat([idx, *steps], dim=1)

@@ -165,7 +165,7 @@ class VariantFork(Fork):
 class VariantAttention(CausalSelfAttention):
     """Attention with P on its values, or not; and its queries and keys in reach."""
 
-    def forward(self, x, P, channel, rotation, cache):
+    def forward(self, x, P, channel, rotation, append):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
         q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -180,9 +180,9 @@ class VariantAttention(CausalSelfAttention):
 class VariantBlock(Block):
     """A block whose writes are scaled by P, or not."""
 
-    def forward(self, x, P, channel, rotation, cache):
+    def forward(self, x, P, channel, rotation, append):
         write = P if self.variant.writes else 1.0                                    # (B, N, 1)
-        x = x + write * self.attn(self.ln_1(x), P, channel, rotation, cache)
+        x = x + write * self.attn(self.ln_1(x), P, channel, rotation, append)
         self.out = x + write * self.mlp(self.ln_2(x))                                # for `look`
         return self.out
 
