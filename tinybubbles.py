@@ -110,7 +110,7 @@ class Cache:
             room = min(quota(budget, tokens), streams * tokens) + streams
             self.kv[l] = F.pad(kv, (0, 0, 0, room - kv.size(3)))                     # or cut what was to spare
         for i, (layer, (scores, used)) in enumerate(self.extras.items()):
-            more = 2 ** (i + 1) * (tokens - self.length)
+            more = 2 ** (i + 1) * tokens - scores.size(1)
             self.extras[layer] = F.pad(scores, (more, 0), value=-math.inf), used.clone()
         self.length, self.fixed = torch.tensor(self.length, device=self.kv[0].device), True
         for state in (self.length, *self.kv.values(), *self.count.values(), *sum(self.extras.values(), ())):
