@@ -3,7 +3,8 @@ How fast, against the limit: python experiments/bench.py --preset cpu        (or
 
 Ratios measured in one run, the rivals taking turns: training against a plain GPT that computes as many positions in
 each block as bubbles have streams; decoding against the same GPT with a preallocated cache, and against reading the
-sequence anew for every token; the probability merge against the residual one. Prints a table, writes JSON.
+sequence anew for every token; the probability merge against the residual one; and how cost grows with the length and
+the budget. Prints a table, writes bench_PRESET.json, .md and .png.
 """
 import json
 import math
@@ -15,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -22,15 +24,19 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tinybubbles import MLP, Cache, Config, Tinybubbles, quota, rotate  # noqa: E402
-from train import choose_device, knob, make_optimizer, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
+from train import choose_device, knob, make_optimizer, read_flags, refuse  # noqa: E402
 
-PRESETS = {   # model; batch and lengths to train; batches and contexts to decode; words for the merge; rounds
-    "smoke": (dict(n_layer=2, n_head=2, n_embd=32, fork_layers=(0, 1)), 1, (32,), (1,), (32,), 300, 2),
-    "cpu": (dict(n_layer=6, n_head=6, n_embd=384, fork_layers=(1, 2)), 1, (128, 256, 512, 1024), (1,),
-            (256, 1024, 4096), 50304, 5),
-    "gpu": (dict(n_layer=12, n_head=12, n_embd=768, fork_layers=(3, 7)), 16, (128, 256, 512, 1024), (1, 64),
-            (256, 1024, 4096), 50304, 10),
+TINY, SMALL, GPT2 = (dict(n_layer=6, n_head=4, n_embd=128, fork_layers=(1, 2, 3)),      # train.py's default
+                     dict(n_layer=6, n_head=4, n_embd=256, fork_layers=(1, 2)),
+                     dict(n_layer=12, n_head=12, n_embd=768, fork_layers=(3, 7)))
+PRESETS = {   # train: model, batch, lengths; decode: models, batches, contexts; words of the merge; rounds
+    "smoke": dict(train=(TINY | dict(n_embd=32), 1, (32, 64)), decode=((TINY | dict(n_embd=32),), (1, 2), (32, 48)),
+                  words=300, rounds=2),
+    "cpu": dict(train=(SMALL, 1, (128, 256, 512, 1024)), decode=((TINY, GPT2), (1,), (256, 1024, 4096)),
+                words=50304, rounds=5),
+    "gpu": dict(train=(GPT2, 16, (128, 256, 512, 1024)), decode=((TINY, GPT2), (1, 64), (256, 1024, 4096)),
+                words=50304, rounds=10),
 }
 
 
@@ -45,8 +51,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rotation, kv, start):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        qkv = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, N, d)
+        (q, k), v = rotate(qkv[:2], *rotation), qkv[2]
         if kv is not None:
             kv[:, :, :, start:start + N] = torch.stack((k, v))
             k, v = kv[:, :, :, :start + N]
@@ -86,11 +92,32 @@ class GPT(nn.Module):
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def counts_of(config, T, budget):
+    """The streams of each block for T tokens."""
+    counts, N = [], T
+    for l in range(config.n_layer):
+        N = min(2 * N, quota(budget, T)) if l in config.fork_layers else N
+        counts.append(N)
+    return counts
+
+
+def flops(config, T, budget):
+    """Of a forward pass of one row at the residual merge: its matmuls, a multiply and an add each, attention in full
+    (its causal half is what flash kernels spare)."""
+    D, V = config.n_embd, config.vocab_size
+    return sum(24 * N * D * D + 4 * N * N * D for N in counts_of(config, T, budget)) + 2 * T * D * V
+
+
 # -- measuring --------------------------------------------------------------------------------------------------------
 
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def compare(functions, rounds, device):
-    """Run the functions in turn, `rounds` times after a warm-up; the median seconds of each, and the median over rounds
-    of each one's time as a multiple of the last one's."""
+    """Run the functions in turn, `rounds` times after a warm-up: the median seconds of each, and for each the median
+    and the range over rounds of its time as a multiple of the last one's."""
     seconds = []
     for i in range(rounds + 1):
         row = []
@@ -101,154 +128,275 @@ def compare(functions, rounds, device):
             wait(device)
             row.append(time.perf_counter() - started)
         seconds += [row] * (i > 0)
-    columns = list(zip(*seconds))
-    ratios = [statistics.median(row[i] / row[-1] for row in seconds) for i in range(len(functions))]
-    return [statistics.median(column) for column in columns], ratios
+    ratios = [[row[i] / row[-1] for row in seconds] for i in range(len(functions))]
+    return ([statistics.median(column) for column in zip(*seconds)],
+            [(statistics.median(r), min(r), max(r)) for r in ratios])
 
 
-def wait(device):
+def step_bytes(net, function, device):
+    """Memory of a training step: weights, gradients and AdamW's two moments, and on cuda the peak above what was held
+    before, elsewhere what the forward keeps for the backward, each storage once."""
+    state, kept = 16 * sum(p.numel() for p in net.parameters()), {}
     if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def saved_bytes(function):
-    """Bytes that the function's forward keeps for the backward, each storage once."""
-    kept = {}
+        function().backward()                                                        # gradients are there from now on
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function().backward()
+        return state + torch.cuda.max_memory_allocated() - before
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        held.append(tensor)                                           # alive, so that no storage takes its place
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor                       # alive: none takes its place
         return tensor
 
-    held = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
-    return sum(kept.values())
+    return state + sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def counts_of(model, T, budget):
-    """The streams of each block for T tokens."""
-    counts, N = [], T
-    for l in range(model.config.n_layer):
-        N = min(2 * N, quota(budget, T)) if l in model.config.fork_layers else N
-        counts.append(N)
-    return counts
+def ceiling(device, half):
+    """Measured multiply-adds per second, counted twice, of a large square matmul; and bytes per second of a copy."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    big = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
+    (matmul, copy), _ = compare([lambda: a @ a, big.clone], 10, device)
+    return 2 * n**3 / matmul, 2 * 4 * big.numel() / copy
 
 
-def flops(config, counts, T):
-    """Multiply-adds counted twice, for a forward pass of one row: the matmuls of each block and the head's."""
-    D, V = config.n_embd, config.vocab_size
-    return sum(24 * N * D * D + 4 * N * N * D for N in counts) + 2 * T * D * V
+class Bench:
+    """What every measurement shares: the preset's numbers, the device and its dtype."""
 
+    def __init__(self, preset, device):
+        self.rounds, self.device, self.half = preset["rounds"], device, device.type == "cuda"
 
-def train_rows(model, gpt, B, lengths, rounds, device, half):
-    """Forward, backward and update: bubbles against the GPT of as many positions."""
-    for T in lengths:
-        for budget in (2.0, 4.0):
-            idx = torch.randint(256, (B, T), device=device)
-            counts, steps = counts_of(model, T, budget), []
-            for net, call in ((model, lambda: model(idx, idx, budget=budget)[1]), (gpt, lambda: gpt(idx, idx, counts))):
-                optimizer = make_optimizer(net, TrainSettings(), device)
+    def nets(self, model, **changes):
+        """Tinybubbles and the GPT of the same sizes."""
+        config = Config(**model | changes)
+        torch.manual_seed(0)
+        return Tinybubbles(config).to(self.device), GPT(config).to(self.device)
 
-                def step(call=call, optimizer=optimizer):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                        loss = call()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                steps.append((step, call))
-            seconds, ratios = compare([step for step, _ in steps], rounds, device)
-            memory = [saved_bytes(call) for _, call in steps]
-            yield dict(what="training step", T=T, B=B, budget=budget, rival="GPT of as many positions",
-                       ratio=ratios[0], target=1.05 if device.type == "cuda" else 1.10, seconds=seconds[0],
-                       memory_ratio=memory[0] / memory[1], memory_target=1.15,
-                       flops_per_second=3 * B * flops(model.config, counts, T) / seconds[0])
+    def idx(self, B, T, words=256):
+        return torch.randint(words, (B, T), device=self.device)
 
+    def autocast(self, half=None):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half if half is None else half)
 
-@torch.no_grad()
-def decode_rows(model, gpt, batches, contexts, rounds, device, tokens=16):
-    """One token with `context` tokens in the cache: bubbles at r = 2 against the GPT, and against no cache at all."""
-    c = model.config
-    for B in batches:
-        for context in contexts:
-            idx = torch.randint(256, (B, context), device=device)
-            one, cache = idx[:, :1], Cache()
-            model(idx[:, :context - tokens * (rounds + 1)], budget=2.0, cache=cache)
-            kv = torch.empty(c.n_layer, 2, B, c.n_head, context, c.n_embd // c.n_head, device=device)
-            gpt(idx[:, :context - 1], kv=kv)
+    def step(self, net, call, half=None):
+        """A training step: forward, backward and update."""
+        optimizer = make_optimizer(net, TrainSettings(), self.device)
 
-            def bubbles():
-                for _ in range(tokens):
-                    model(one, budget=2.0, cache=cache)
+        def step():
+            with self.autocast(half):
+                loss = call()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return step
 
-            def plain():
-                for _ in range(tokens):
-                    gpt(one, kv=kv, start=context - 1)
-            seconds, ratios = compare([bubbles, plain], rounds, device)
-            streams = sum(k.size(2) for k, _ in cache.kv.values())
-            held = sum(t.untyped_storage().nbytes() for pair in cache.kv.values() for t in pair)
-            row = dict(what="decoding a token", context=context, B=B, budget=2.0, rival="GPT with a cache",
-                       ratio=ratios[0], target=1.3 if device.type == "cuda" else 1.6, seconds=seconds[0] / tokens,
-                       memory_ratio=held / (streams * B * 2 * c.n_embd * 4), memory_target=1.05)
-            if context == 1024:
-                anew, _ = compare([lambda: model(idx, budget=2.0)], 2, device)
-                row.update(faster_than_recomputing=anew[0] / row["seconds"], faster_target=20)
+    def compiled(self, net):
+        return torch.compile(net, fullgraph=True) if self.device.type == "cuda" else net
+
+    def train(self, model, B, lengths):
+        """Rows: a training step of bubbles against the GPT of as many positions."""
+        peak, _ = ceiling(self.device, self.half)
+        for T in lengths:
+            for budget in (2.0, 4.0):
+                bubbles, gpt = self.nets(model, block_size=T)
+                idx, counts = self.idx(B, T), counts_of(bubbles.config, T, budget)
+                nets = self.compiled(bubbles), self.compiled(gpt)
+                calls = lambda: nets[0](idx, idx, budget=budget)[1], lambda: nets[1](idx, idx, counts)
+                seconds, (ratio, _) = compare([self.step(net, call) for net, call in zip((bubbles, gpt), calls)],
+                                              self.rounds, self.device)
+                with self.autocast():
+                    memory = [step_bytes(net, call, self.device) for net, call in zip((bubbles, gpt), calls)]
+                work = 3 * B * flops(bubbles.config, T, budget)
+                yield dict(what="training step", rival="GPT, as many positions", model=model, B=B, tokens=T, r=budget,
+                           ratio=ratio, target=1.05 if self.half else 1.10, seconds=seconds[0],
+                           memory=memory[0] / memory[1], memory_target=1.15, of_ceiling=work / seconds[0] / peak,
+                           rivals_of_ceiling=work / seconds[1] / peak)
+
+    def dtype(self, model, B, T):
+        """A row: a training step in bfloat16 autocast against float32."""
+        bubbles, _ = self.nets(model, block_size=T)
+        idx = self.idx(B, T)
+        call = lambda: bubbles(idx, idx)[1]
+        seconds, (ratio, _) = compare([self.step(bubbles, call, half) for half in (True, False)], self.rounds,
+                                      self.device)
+        yield dict(what="training step, bfloat16", rival="the same, float32", model=model, B=B, tokens=T, r=2.0,
+                   ratio=ratio, seconds=seconds[0])
+
+    @torch.no_grad()
+    def decode(self, models, batches, contexts, tokens=16):
+        """Rows: reading a token after `context` others, bubbles at r = 2 against the GPT, and against no cache."""
+        for model, B, context in ((m, b, c) for m in models for b in batches for c in contexts):
+            last = context + tokens * (self.rounds + 1)
+            bubbles, gpt = (net.eval() for net in self.nets(model, block_size=last))
+            c, idx, cache, place = bubbles.config, self.idx(B, last), Cache(), dict(bubbles=context, gpt=context)
+            with self.autocast():
+                bubbles(idx[:, :context], cache=cache)
+                one = bubbles
+                if self.device.type == "cuda":
+                    one = torch.compile(bubbles, fullgraph=True, mode="reduce-overhead")
+                    cache.fix(last, 2.0)
+                kv = torch.empty(c.n_layer, 2, B, c.n_head, last, c.n_embd // c.n_head, device=self.device,
+                                 dtype=cache.kv[0].dtype)
+                gpt(idx[:, :context], kv=kv)
+
+                def read(name, call):
+                    for t in range(place[name], place[name] + tokens):
+                        call(idx[:, t:t + 1], t)
+                    place[name] += tokens
+                seconds, (ratio, _) = compare(
+                    [lambda: read("bubbles", lambda one_idx, t: one(one_idx, cache=cache)),
+                     lambda: read("gpt", lambda one_idx, t: gpt(one_idx, kv=kv, start=t))], self.rounds, self.device)
+                row = dict(what="decoding a token", rival="GPT with a cache", model=model, B=B, tokens=context, r=2.0,
+                           ratio=ratio, target=1.3 if self.half else 1.6, seconds=seconds[0] / tokens,
+                           memory_target=1.05, **self.cache_bytes(c, cache, B))
+                if context == 1024 or context == contexts[-1] < 1024:
+                    anew, _ = compare([lambda: bubbles(idx[:, :context])], 1, self.device)
+                    row.update(faster_than_anew=anew[0] / row["seconds"], faster_target=20)
+            row["of_bandwidth"] = (self.bytes_of(bubbles) + row.pop("cache_bytes")) / row["seconds"] / self.bandwidth()
             yield row
 
+    def bytes_of(self, net):
+        """Bytes of the weights that decoding reads."""
+        return sum(p.numel() for p in net.parameters()) * (2 if self.half else 4)
 
-def merge_rows(config, words, T, rounds, device):
-    """A training step's loss and backward with many words: the probability merge against the residual one."""
-    nets = [Tinybubbles(Config(**config | dict(vocab_size=words, merge=merge, block_size=T))).to(device)
-            for merge in ("probability", "residual")]
-    idx = torch.randint(words, (1, T), device=device)
-    calls = [lambda net=net: net(idx, idx, budget=2.0)[1] for net in nets]
-    seconds, ratios = compare([lambda call=call: call().backward() for call in calls], rounds, device)
-    memory = [saved_bytes(call) for call in calls]
-    N, c = quota(2.0, T), nets[0].config
-    base = 3 * flops(c, counts_of(nets[0], T, 2.0), T)
-    extra = (base + 3 * 2 * (N - T) * c.n_embd * words) / base        # the head's own work for N streams, not T tokens
-    yield dict(what="probability merge", T=T, B=1, budget=2.0, rival="residual merge", ratio=ratios[0],
-               target=1.25 * extra, seconds=seconds[0], memory_ratio=memory[0] / memory[1], memory_target=1.25)
+    def bandwidth(self):
+        return ceiling(self.device, self.half)[1]
+
+    def cache_bytes(self, c, cache, B):
+        """The keys' and values' room over what the streams need; and their bytes."""
+        held = sum(kv.untyped_storage().nbytes() for kv in cache.kv.values())
+        size, stages = cache.kv[0].element_size(), [l for l in sorted({0, *c.fork_layers})]
+        streams = sum(int(cache.count[max(s for s in stages if s <= l)].sum()) for l in range(c.n_layer))
+        return dict(memory=held / (streams * 2 * c.n_embd * size), cache_bytes=held,
+                    streams=streams / c.n_layer / B / int(cache.length))
+
+    def merge(self, model, words, T):
+        """A row: loss and gradient with many words, the probability merge against the residual one."""
+        nets = [self.nets(model, vocab_size=words, merge=m, block_size=T)[0] for m in ("probability", "residual")]
+        idx = self.idx(1, T, words)
+        calls = [lambda net=net: net(idx, idx, budget=2.0)[1] for net in nets]
+        with self.autocast():
+            seconds, (ratio, _) = compare([lambda call=call: call().backward() for call in calls], self.rounds,
+                                          self.device)
+            memory = [step_bytes(net, call, self.device) for net, call in zip(nets, calls)]
+        c, base = nets[0].config, 3 * flops(nets[0].config, T, 2.0)
+        head = 2 * c.n_embd * words                                    # flops a row; four times: once more, in chunks
+        more = 1 + 4 * (quota(2.0, T) - T) * head / (base + T * head)
+        yield dict(what="probability merge", rival="residual merge", model=model, B=1, tokens=T, r=2.0, ratio=ratio,
+                   target=1.25 * more, seconds=seconds[0], memory=memory[0] / memory[1], memory_target=1.25)
+
+    def growth(self, model, lengths, budgets):
+        """Training and decoding alone: seconds and bytes at each length (r = 2) and at each budget (a middle length)."""
+        middle = lengths[len(lengths) // 2]
+        for over, points in (("tokens", [(T, 2.0) for T in lengths]), ("r", [(middle, r) for r in budgets])):
+            for T, r in points:
+                bubbles, _ = self.nets(model, block_size=2 * T, fork_layers=(1, 2))
+                idx, cache = self.idx(1, 2 * T), Cache()
+                call = lambda: bubbles(idx[:, :T], idx[:, 1:T + 1], budget=r)[1]
+                with self.autocast():
+                    kept = step_bytes(bubbles, call, self.device)
+                train = compare([self.step(bubbles, call)], self.rounds, self.device)[0][0]
+                yield dict(what="training", over=over, tokens=T, r=r, seconds=train, bytes=kept)
+                with torch.no_grad(), self.autocast():
+                    bubbles.eval()(idx[:, :T], budget=r, cache=cache)
+                    one = lambda: [bubbles(idx[:, T:T + 1], budget=r, cache=cache) for _ in range(8)]
+                    seconds = compare([one], min(self.rounds, T // 8 - 1), self.device)[0][0] / 8
+                yield dict(what="decoding", over=over, tokens=T, r=r, seconds=seconds,
+                           bytes=sum(kv.untyped_storage().nbytes() for kv in cache.kv.values()))
+
+
+# -- the table and the figure -----------------------------------------------------------------------------------------
+
+def slope(xs, ys):
+    """The exponent k of the fit y ~ x^k."""
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def size(model):
+    return f"{model['n_layer']} x {model['n_embd']}"
 
 
 def table(rows):
-    lines = ["| what | against | B | tokens | r | time, times the rival's | target | memory | target |", "|---" * 9 + "|"]
+    lines = ["| what | against | blocks x width | B | tokens | r | time, times the rival's | target | memory | target |",
+             "|---" * 10 + "|"]
     for row in rows:
-        lines.append(f"| {row['what']} | {row['rival']} | {row['B']} | {row.get('T', row.get('context'))} | "
-                     f"{row['budget']:g} | {row['ratio']:.2f} | {row['target']:.2f} | {row['memory_ratio']:.2f} | "
-                     f"{row['memory_target']:.2f} |")
-        if "faster_than_recomputing" in row:
-            lines.append(f"| {row['what']} | reading all anew | {row['B']} | {row['context']} | {row['budget']:g} | "
-                         f"1 / {row['faster_than_recomputing']:.0f} | 1 / {row['faster_target']} | | |")
+        ratio, target = "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"]), row.get("target")
+        cells = [row["what"], row["rival"], size(row["model"]), row["B"], row["tokens"], f"{row['r']:g}",
+                 f"**{ratio}**" if target and row["ratio"][0] > target else ratio, f"{target:.2f}" if target else "",
+                 f"{row['memory']:.2f}" if "memory" in row else "",
+                 f"{row['memory_target']:.2f}" if "memory" in row else ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        if "faster_than_anew" in row:
+            cells[1], cells[6:] = "reading all anew", [f"1 / {row['faster_than_anew']:.0f}",
+                                                       f"1 / {row['faster_target']}", "", ""]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
+
+NOTE = """Time: median (and range) over {rounds} rounds in which both took turns; bold: the target is missed. Memory of
+training: {memory}. Memory of decoding: room for keys and values over what the streams held need. {more}Machine:
+{device}, {cores} cores, {threads} threads, torch {torch}, {dtype}."""
+
+
+def draw(points, path):
+    """Time and memory of training and decoding, as multiples of the first point's, against length and budget."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 5), layout="constrained", facecolor="white")
+    axes = figure.subplots(2, 4)
+    for i, (what, over) in enumerate((w, o) for w in ("training", "decoding") for o in ("tokens", "r")):
+        mine = [p for p in points if p["what"] == what and p["over"] == over]
+        xs = [p[over] for p in mine]
+        for axis, key, color in ((axes[0, i], "seconds", "#0072b2"), (axes[1, i], "bytes", "#d55e00")):
+            ys = [p[key] / mine[0][key] for p in mine]
+            axis.loglog(xs, ys, "o-", color=color, base=2)
+            axis.set_title(f"{what}: {'time' if key == 'seconds' else 'memory'} ~ {over}^{slope(xs, ys):.2f}",
+                           fontsize=9)
+            axis.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=7)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+        axes[1, i].set_xlabel({"tokens": "tokens read" if what == "training" else "tokens in the cache",
+                               "r": "budget r"}[over])
+    axes[0, 0].set_ylabel("time, times the first")
+    axes[1, 0].set_ylabel("memory, times the first")
+    figure.savefig(path, dpi=110)
+
+
+# -- main -------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Settings:
     preset: str = knob("cpu", ", ".join(PRESETS))
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
-    out: str = knob("bench.json", "where the JSON goes")
+    results: str = knob(str(ROOT / "experiments" / "results"), "where bench_PRESET.json, .md and .png go")
 
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     if s.preset not in PRESETS:
         refuse(f"--preset must be one of {', '.join(PRESETS)}, not {s.preset!r}")
-    config, B, lengths, batches, contexts, words, rounds = PRESETS[s.preset]
-    device, rows = choose_device(s.device), []
-    torch.manual_seed(0)
-    config = dict(config, block_size=2 * max(contexts))
-    model, gpt = Tinybubbles(Config(**config)).to(device), GPT(Config(**config)).to(device)
-    half = device.type == "cuda"
-    for part in (train_rows(model, gpt, B, lengths, rounds, device, half),
-                 decode_rows(model.eval(), gpt, batches, contexts, rounds, device),
-                 merge_rows(config, words, max(lengths) // 2, rounds, device)):
+    preset, device, rows = PRESETS[s.preset], choose_device(s.device), []
+    bench, (model, B, lengths) = Bench(preset, device), preset["train"]
+    middle = lengths[len(lengths) // 2]
+    for part in (bench.train(*preset["train"]), bench.decode(*preset["decode"]), bench.dtype(model, B, middle),
+                 bench.merge(model, preset["words"], middle)):
         for row in part:
             rows.append(row)
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    machine = dict(device=name, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__)
-    Path(s.out).write_text(json.dumps(dict(preset=s.preset, model=config, machine=machine, rows=rows), indent=1) + "\n")
+    points = list(bench.growth(model, lengths, (1.0, 1.5, 2.0, 3.0, 4.0)))
+    cuda = device.type == "cuda"
+    machine = dict(device=torch.cuda.get_device_name() if cuda else platform.machine(), cores=os.cpu_count(),
+                   threads=torch.get_num_threads(), torch=torch.__version__, dtype="bfloat16" if cuda else "float32")
+    note = NOTE.format(**machine, rounds=bench.rounds, more="", memory="weights, gradients and AdamW's moments, and " +
+                       ("the peak of a step above them" if cuda else "what the forward keeps for the backward")).replace("\n", " ")
+    results = Path(s.results)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"bench_{s.preset}.json").write_text(
+        json.dumps(dict(preset=s.preset, machine=machine, rows=rows, growth=points), indent=1) + "\n")
+    (results / f"bench_{s.preset}.md").write_text(table(rows) + "\n" + note + "\n", encoding="utf-8")
+    draw(points, results / f"bench_{s.preset}.png")
     print(table(rows))
 
 
