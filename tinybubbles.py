@@ -70,17 +70,14 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, not {value!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if self.n_embd // self.n_head % 2:
-            raise ValueError(f"the head size n_embd / n_head must be even for rotary positions, "
-                             f"not {self.n_embd // self.n_head}")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd must be a multiple of 2 n_head = {2 * self.n_head}, for heads of an even size, "
+                             f"not {self.n_embd}")
         layers = self.fork_layers
-        if not isinstance(layers, (tuple, list)) or not all(type(l) is int and 0 <= l < self.n_layer for l in layers):
+        if not (isinstance(layers, (tuple, list)) and all(type(l) is int and 0 <= l < self.n_layer for l in layers)
+                and len(set(layers)) == len(layers)):
             raise ValueError(f"fork_layers must be a tuple of whole numbers from 0 to n_layer - 1 = "
-                             f"{self.n_layer - 1}, not {layers!r}")
-        if len(set(layers)) < len(layers):
-            raise ValueError(f"fork_layers must not name a layer twice: {layers!r}")
+                             f"{self.n_layer - 1}, none twice, not {layers!r}")
         self.fork_layers = tuple(sorted(layers))
         self.budget = check_budget(self.budget)
         check_choice("routing", self.routing, "causal", "topk")
@@ -93,7 +90,7 @@ class Config:
 
 class Cache:
     """What decoding must remember of earlier tokens; it only ever grows. Pass an empty one to `model(idx, cache=...)`,
-    then the same one with each next chunk of tokens. A cache belongs to one model and one batch, and has no gradient."""
+    then the same one with each next chunk of tokens. It belongs to one model and one batch, and has no gradient."""
 
     def __init__(self):
         self.length = 0    # tokens seen
@@ -103,15 +100,15 @@ class Cache:
         self.fixed = False
 
     def fix(self, tokens, budget):
-        """Make room for `tokens` tokens in all, to be read one by one: from here on no shape depends on data and nothing
-        waits for the device, so that a step can be compiled, or recorded as a CUDA graph. Needs a first chunk."""
+        """Make room for `tokens` tokens in all; from here on they come one by one, no shape changes, and nothing waits
+        for the device: a step can be compiled, or recorded as a CUDA graph. Not before the first chunk."""
         for l, kv in self.kv.items():
             streams = 2 ** sum(fork <= l for fork in self.extras)                    # of one token at the most
             room = min(quota(budget, tokens), streams * tokens) + streams
             self.kv[l] = F.pad(kv, (0, 0, 0, room - kv.size(3)))                     # or cut what was to spare
-        for i, (layer, (scores, used)) in enumerate(self.extras.items()):
+        for i, (l, (scores, used)) in enumerate(self.extras.items()):
             more = 2 ** (i + 1) * tokens - scores.size(1)
-            self.extras[layer] = F.pad(scores, (more, 0), value=-math.inf), used.clone()
+            self.extras[l] = F.pad(scores, (more, 0), value=-math.inf), used.clone()
         self.length, self.fixed = torch.tensor(self.length, device=self.kv[0].device), True
         for state in (self.length, *self.kv.values(), *self.count.values(), *sum(self.extras.values(), ())):
             torch._dynamo.mark_static_address(state)
@@ -120,30 +117,28 @@ class Cache:
         """Choose where the new streams of the blocks from `layer` on go: each row's own next slots. Its padding comes
         last, and the next chunk overwrites it. Returns a function that adds keys and values to a block's."""
         count = self.count.setdefault(layer, tok.new_zeros(tok.size(0), 1))
-        slot = count + torch.arange(tok.size(1), device=tok.device)                  # (B, N)
-        count += (tok >= 0).sum(1, keepdim=True)
-        if layer not in self.kv:
-            return partial(self.append_kv, slot, int(slot.max()) + 1, None)
+        slot, mask = count + torch.arange(tok.size(1), device=tok.device), None      # (B, N)
         size = self.kv[layer].size(3) if self.fixed else int(slot.max()) + 1
-        hidden = torch.arange(size, device=tok.device) > slot.unsqueeze(-1)          # (B, N, S)
-        mask = torch.zeros_like(hidden, dtype=self.kv[layer].dtype).masked_fill(hidden, -math.inf).unsqueeze(1)
+        if layer in self.kv:                                                         # else plain causal attention
+            hidden = torch.arange(size, device=tok.device) > slot[:, None, :, None]  # (B, 1, N, S)
+            mask = torch.zeros_like(hidden, dtype=self.kv[layer].dtype).masked_fill(hidden, -math.inf)
+        count += (tok >= 0).sum(1, keepdim=True)
         return partial(self.append_kv, slot, size, mask)
 
     def append_kv(self, slot, size, mask, layer, k, v):
-        """Add the keys and values (B, H, N, d) of new streams; return those to attend to, (B, H, S, d) each, and the
-        mask to add (B, 1, N, S): 0, or -inf; None is plain causal, among the first chunk's own."""
+        """Add the keys and values (B, H, N, d) of new streams; return those to attend to, (B, H, S, d) each, and a mask
+        to add to the logits, (B, 1, N, S) or None: plain causal attention, in the first chunk."""
         new = torch.stack((k, v)).detach()                                           # (2, B, H, N, d)
         kv = self.kv.get(layer, new[:, :, :, :0])
-        if kv.size(3) < size:
-            kv = F.pad(kv, (0, 0, 0, size + size // 32 + 16 - kv.size(3)))           # some to spare
+        if kv.size(3) < size:                                                        # some to spare
+            kv = torch.cat((kv, kv.new_zeros(*kv.shape[:3], size + size // 32 + 16 - kv.size(3), kv.size(4))), 3)
         self.kv[layer] = kv.scatter_(3, slot[:, None, :, None].expand_as(new), new)
         return (k, v, None) if mask is None else (*kv[:, :, :, :size], mask)
 
     def append_extras(self, layer, scores, used):
-        """Add the scores of a chunk's extras (B, M); used (B, 1) were admitted after it. When fixed they push out as
-        many -inf on the left."""
+        """Add the scores of a chunk's extras (B, M); used (B, 1) were admitted after it."""
         earlier, used_before = self.extras.get(layer, (scores[:, :0], used))
-        if self.fixed:
+        if self.fixed:                                                               # they push out as many -inf
             earlier.copy_(torch.cat((earlier[:, scores.size(1):], scores), dim=1))
             used_before.copy_(used)
         else:
@@ -196,7 +191,8 @@ def count_earlier_at_least(values, slack=0.0):
 
 def select_topk(score, size):
     """The paper's rule: the best `size` candidates of the whole sequence (equal scores: the earlier first). Not causal:
-    a later token can evict an earlier one's fork. score (B, M), of originals inf; returns which survive, (B, M) bool."""
+    a later token can evict an earlier one's fork. score (B, M), inf for originals; returns the survivors (B, M), bool.
+    """
     best = score.sort(dim=1, descending=True, stable=True).indices[:, :size]
     return torch.zeros_like(score, dtype=torch.bool).scatter(1, best, True)
 
@@ -205,14 +201,14 @@ def select_next(score, allowed, earlier, used):
     """Our rule, for one token: those of its extras survive that fewer than E(t) others of tokens up to t beat, the best
     first, as long as the budget lasts. Equal scores: the earlier wins.
 
-    score (B, M): of the token's extras, -inf for every other slot; allowed (1,): E(t), the extras that tokens up to t
-    may hold; earlier (B, M'): scores of all extras of earlier tokens, admitted or not; used (B, 1): extras admitted so
-    far. Returns the admitted extras (B, M), bool, and used after this token (B, 1)."""
+    score (B, M): of the token's extras, -inf for every other slot; allowed: E(t), the extras that tokens up to t may
+    hold; earlier (B, M'): scores of all extras of earlier tokens, admitted or not; used (B, 1): extras admitted so far.
+    Returns the admitted extras (B, M), bool, and used after this token (B, 1)."""
     best, order = score.sort(dim=1, descending=True, stable=True)
     i = torch.arange(score.size(1), device=score.device)
     rank = i + count_at_least(earlier, best - TIE)                                   # (B, M), rises along a row
     wanted = ((rank < allowed) & (best > -math.inf)).sum(1, keepdim=True)            # (B, 1)
-    used_after = (used + wanted).minimum(used.maximum(allowed))                      # E(t), if that is not past
+    used_after = (used + wanted).minimum(used.clamp(min=allowed))                    # E(t), if that is not past
     admitted = i < used_after - used                                                 # (B, M)
     return torch.zeros_like(admitted).scatter(1, order, admitted), used_after
 
@@ -251,14 +247,14 @@ class Fork(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.n_embd))                    # added to a fork, not its parent
 
     def forward(self, x, tok, logp, T, budget, routing, cache):
-        original = tok != torch.cat((tok[:, 1:], tok.new_full((tok.size(0), 1), -1)), 1)      # (B, N): last of its token
+        original = torch.cat((tok[:, 1:], tok.new_full((tok.size(0), 1), -1)), 1) != tok      # (B, N): last of a token
         fork, keep = self.scores(x, logp, original)                                  # (B, N) each
         candidates = torch.stack((fork, keep), -1).flatten(1)                        # (B, M)
         ranking = self.ranking(fork.detach(), keep.detach(), original, tok)          # (B, M)
         survives = self.select(ranking, tok, T, budget, routing, cache)              # (B, M), bool
         size = ranking.size(1) if cache else min(ranking.size(1), quota(budget, T))
         if cache and not cache.fixed:
-            size = int(survives.sum(1).max())                                        # the widest row's: fewer, but a wait
+            size = int(survives.sum(1).max())                                        # of the widest row
         return self.gather(x, tok, candidates, survives, size)
 
     def scores(self, x, logp, original):
@@ -284,8 +280,8 @@ class Fork(nn.Module):
         start, (earlier, used) = 0, (score.new_empty(tok.size(0), 0), tok.new_zeros(tok.size(0), 1))
         if cache is not None:
             start, (earlier, used) = cache.length, cache.extras.get(self.layer, (earlier, used))
-        t = start + torch.arange(1, T + 1, device=tok.device)
-        allowed = quota(budget, t) - t                                               # (T,)
+        t = start + (1 if T == 1 else torch.arange(1, T + 1, device=tok.device))
+        allowed = quota(budget, t) - t                                               # E(t)
         if T == 1:
             admitted, used_after = select_next(score, allowed, earlier, used)
         else:
@@ -297,7 +293,7 @@ class Fork(nn.Module):
     def gather(self, x, tok, candidates, survives, size):
         """The survivors' x (B, size, D), tok and logp (B, size): slot 2j+1 is stream j, slot 2j its fork (eq. 6)."""
         slot = (~survives).byte().sort(dim=1, stable=True).indices[:, :size]         # survivors in order, then the rest
-        real = survives.gather(1, slot)                                                  # (B, size); the rest is padding
+        real = survives.gather(1, slot)                                              # (B, size); the rest is padding
         parent, is_fork = slot // 2, (slot % 2 == 0).unsqueeze(-1)
         row = torch.arange(x.size(0), device=x.device).unsqueeze(-1) * x.size(1)
         x = x.flatten(0, 1).index_select(0, (row + parent).flatten()).view(*slot.shape, -1) + is_fork * self.embedding
@@ -326,6 +322,15 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
+class Linear(nn.Linear):
+    """x W^T. Of a few rows on a CPU, W x^T: the same product, which its BLAS takes half the time for."""
+
+    def forward(self, x):
+        if x.is_cuda or x.numel() > 32 * self.in_features:
+            return F.linear(x, self.weight)
+        return (self.weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
+
+
 class CausalSelfAttention(nn.Module):
     """Score-attenuated attention (eqs. 7-8): logits (q k^T + logp_key) / sqrt(d), values times P. The last channel of
     each head carries the score: q = 1, k = logp there. So any fused attention kernel serves, with no mask tensor.
@@ -334,8 +339,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, P, channel, rotation, append):
         B, N, D = x.shape
@@ -353,8 +358,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.fc = Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.proj = Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
         return self.proj(F.gelu(self.fc(x), approximate="tanh"))                     # (B, N, D)
@@ -476,8 +481,8 @@ class Tinybubbles(nn.Module):
         start = 0 if cache is None else cache.length
         most = 1 if cache is not None and cache.fixed else self.config.block_size - start
         if idx.dim() != 2 or not 1 <= idx.size(1) <= most:
-            raise ValueError(f"idx must be (B, T) with 1 <= T <= {most}, which is block_size - cache.length, or 1 for a "
-                             f"fixed cache, not {tuple(idx.shape)}")
+            raise ValueError(f"idx must be (B, T) with 1 <= T <= {most} (block_size - cache.length; 1 if the cache is "
+                             f"fixed), not {tuple(idx.shape)}")
         if routing == "topk" and cache is not None:
             raise ValueError("routing 'topk' cannot decode from a cache, since later tokens change its earlier choices;"
                              " use routing 'causal', or give it the whole sequence without a cache")

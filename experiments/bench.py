@@ -6,8 +6,8 @@ each block as bubbles have streams; decoding against the same GPT with a preallo
 sequence anew for every token; the probability merge against the residual one; and how cost grows with the length and
 the budget. Prints a table, writes bench_PRESET.json, .md and .png.
 """
+import itertools
 import json
-import math
 import os
 import platform
 import statistics
@@ -23,20 +23,21 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tinybubbles import MLP, Cache, Config, Tinybubbles, quota, rotate  # noqa: E402
+from tinybubbles import MLP, Cache, Config, Linear, Tinybubbles, quota, rotate  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import choose_device, knob, make_optimizer, read_flags, refuse  # noqa: E402
 
-TINY, SMALL, GPT2 = (dict(n_layer=6, n_head=4, n_embd=128, fork_layers=(1, 2, 3)),      # train.py's default
-                     dict(n_layer=6, n_head=4, n_embd=256, fork_layers=(1, 2)),
-                     dict(n_layer=12, n_head=12, n_embd=768, fork_layers=(3, 7)))
-PRESETS = {   # train: model, batch, lengths; decode: models, batches, contexts; words of the merge; rounds
-    "smoke": dict(train=(TINY | dict(n_embd=32), 1, (32, 64)), decode=((TINY | dict(n_embd=32),), (1, 2), (32, 48)),
-                  words=300, rounds=2),
-    "cpu": dict(train=(SMALL, 1, (128, 256, 512, 1024)), decode=((TINY, GPT2), (1,), (256, 1024, 4096)),
-                words=50304, rounds=5),
-    "gpu": dict(train=(GPT2, 16, (128, 256, 512, 1024)), decode=((TINY, GPT2), (1, 64), (256, 1024, 4096)),
-                words=50304, rounds=10),
+MICRO = dict(n_layer=3, n_head=2, n_embd=32, fork_layers=(1, 2))
+TINY = dict(n_layer=6, n_head=4, n_embd=128, fork_layers=(1, 2))                     # train.py's default
+SMALL = dict(n_layer=6, n_head=4, n_embd=256, fork_layers=(1, 2))
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768, fork_layers=(3, 7))
+PRESETS = {   # train: model, batch, lengths; decode, compiled: models, batches, contexts; words of the merge; rounds
+    "smoke": dict(train=(MICRO, 1, (32, 64)), decode=((MICRO,), (1, 2), (32, 48)), compiled=((), (), ()), words=300,
+                  rounds=2),
+    "cpu": dict(train=(SMALL, 1, (128, 256, 512, 1024)), decode=((TINY, SMALL, GPT2), (1,), (256, 1024, 4096)),
+                compiled=((TINY,), (1,), (256, 1024)), words=50304, rounds=7),
+    "gpu": dict(train=(GPT2, 16, (128, 256, 512, 1024)), decode=((GPT2,), (1,), (1024,)),
+                compiled=((TINY, GPT2), (1, 64), (256, 1024, 4096)), words=50304, rounds=10),
 }
 
 
@@ -46,8 +47,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rotation, kv, start):
         B, N, D = x.shape
@@ -225,45 +226,44 @@ class Bench:
         yield dict(what="training step, bfloat16", rival="the same, float32", model=model, B=B, tokens=T, r=2.0,
                    ratio=ratio, seconds=seconds[0])
 
-    @torch.no_grad()
-    def decode(self, models, batches, contexts, tokens=16):
-        """Rows: reading a token after `context` others, bubbles at r = 2 against the GPT, and against no cache."""
-        for model, B, context in ((m, b, c) for m in models for b in batches for c in contexts):
-            last = context + tokens * (self.rounds + 1)
-            bubbles, gpt = (net.eval() for net in self.nets(model, block_size=last))
-            c, idx, cache, place = bubbles.config, self.idx(B, last), Cache(), dict(bubbles=context, gpt=context)
-            with self.autocast():
-                bubbles(idx[:, :context], cache=cache)
-                one = bubbles
-                if self.device.type == "cuda":
-                    one = torch.compile(bubbles, fullgraph=True, mode="reduce-overhead")
-                    cache.fix(last, 2.0)
-                kv = torch.empty(c.n_layer, 2, B, c.n_head, last, c.n_embd // c.n_head, device=self.device,
-                                 dtype=cache.kv[0].dtype)
-                gpt(idx[:, :context], kv=kv)
-
-                def read(name, call):
-                    for t in range(place[name], place[name] + tokens):
-                        call(idx[:, t:t + 1], t)
-                    place[name] += tokens
-                seconds, (ratio, _) = compare(
-                    [lambda: read("bubbles", lambda one_idx, t: one(one_idx, cache=cache)),
-                     lambda: read("gpt", lambda one_idx, t: gpt(one_idx, kv=kv, start=t))], self.rounds, self.device)
-                row = dict(what="decoding a token", rival="GPT with a cache", model=model, B=B, tokens=context, r=2.0,
-                           ratio=ratio, target=1.3 if self.half else 1.6, seconds=seconds[0] / tokens,
-                           memory_target=1.05, **self.cache_bytes(c, cache, B))
-                if context == 1024 or context == contexts[-1] < 1024:
+    def decode(self, models, batches, contexts, compiled):
+        """Rows: reading a token after `context` others, bubbles at r = 2, their step compiled or not, against the GPT,
+        and against no cache."""
+        for model, B, context in itertools.product(models, batches, contexts):
+            with torch.no_grad(), self.autocast():
+                seconds, ratio, cache, (bubbles, idx) = self.read_tokens(model, B, context, compiled)
+                row = dict(what="decoding a token" + ", compiled" * compiled, rival="GPT with a cache", model=model, B=B,
+                           tokens=context, r=2.0, ratio=ratio, target=1.3 if self.half else 1.6, seconds=seconds,
+                           memory_target=1.05, **self.cache_bytes(bubbles.config, cache, B))
+                if not compiled and (context == 1024 or context == contexts[-1] < 1024):
                     anew, _ = compare([lambda: bubbles(idx[:, :context])], 1, self.device)
-                    row.update(faster_than_anew=anew[0] / row["seconds"], faster_target=20)
-            row["of_bandwidth"] = (self.bytes_of(bubbles) + row.pop("cache_bytes")) / row["seconds"] / self.bandwidth()
+                    row.update(faster_than_anew=anew[0] / seconds, faster_target=20)
+            weights = sum(p.numel() for p in bubbles.parameters()) * (2 if self.half else 4)
+            row["of_bandwidth"] = (weights + row["cache_bytes"]) / seconds / ceiling(self.device, self.half)[1]
             yield row
 
-    def bytes_of(self, net):
-        """Bytes of the weights that decoding reads."""
-        return sum(p.numel() for p in net.parameters()) * (2 if self.half else 4)
+    def read_tokens(self, model, B, context, compiled, tokens=16):
+        """Seconds a token of bubbles, its ratio to the GPT's, the cache, and the model with the text it read."""
+        last = context + tokens * (self.rounds + 1)
+        bubbles, gpt = (net.eval() for net in self.nets(model, block_size=last))
+        c, idx, cache, place = bubbles.config, self.idx(B, last), Cache(), dict(bubbles=context, gpt=context)
+        bubbles(idx[:, :context], cache=cache)
+        step = bubbles
+        if compiled:
+            step = torch.compile(bubbles, fullgraph=True, mode="reduce-overhead" if self.half else None)
+            cache.fix(last, 2.0)
+        kv = torch.empty(c.n_layer, 2, B, c.n_head, last, c.n_embd // c.n_head, device=self.device,
+                         dtype=cache.kv[0].dtype)
+        gpt(idx[:, :context], kv=kv)
 
-    def bandwidth(self):
-        return ceiling(self.device, self.half)[1]
+        def read(name, call):
+            for t in range(place[name], place[name] + tokens):
+                call(idx[:, t:t + 1], t)
+            place[name] += tokens
+        seconds, (ratio, _) = compare([lambda: read("bubbles", lambda one, t: step(one, cache=cache)),
+                                       lambda: read("gpt", lambda one, t: gpt(one, kv=kv, start=t))],
+                                      self.rounds, self.device)
+        return seconds[0] / tokens, ratio, cache, (bubbles, idx)
 
     def cache_bytes(self, c, cache, B):
         """The keys' and values' room over what the streams need; and their bytes."""
@@ -289,7 +289,7 @@ class Bench:
                    target=1.25 * more, seconds=seconds[0], memory=memory[0] / memory[1], memory_target=1.25)
 
     def growth(self, model, lengths, budgets):
-        """Training and decoding alone: seconds and bytes at each length (r = 2) and at each budget (a middle length)."""
+        """Training and decoding alone: seconds and bytes at each length (r = 2) and each budget (a middle length)."""
         middle = lengths[len(lengths) // 2]
         for over, points in (("tokens", [(T, 2.0) for T in lengths]), ("r", [(middle, r) for r in budgets])):
             for T, r in points:
@@ -320,8 +320,9 @@ def size(model):
 
 
 def table(rows):
-    lines = ["| what | against | blocks x width | B | tokens | r | time, times the rival's | target | memory | target |",
-             "|---" * 10 + "|"]
+    head = ("what", "against", "blocks x width", "B", "tokens", "r", "time, times the rival's", "target", "memory",
+            "target")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         ratio, target = "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"]), row.get("target")
         cells = [row["what"], row["rival"], size(row["model"]), row["B"], row["tokens"], f"{row['r']:g}",
@@ -337,8 +338,8 @@ def table(rows):
 
 
 NOTE = """Time: median (and range) over {rounds} rounds in which both took turns; bold: the target is missed. Memory of
-training: {memory}. Memory of decoding: room for keys and values over what the streams held need. {more}Machine:
-{device}, {cores} cores, {threads} threads, torch {torch}, {dtype}."""
+training: weights, gradients, AdamW's moments, and {memory}. Memory of decoding: room for keys and values over what the
+streams held need. Machine: {device}, {cores} cores, {threads} threads, torch {torch}, {dtype}."""
 
 
 def draw(points, path):
@@ -380,17 +381,17 @@ def main(argv):
     preset, device, rows = PRESETS[s.preset], choose_device(s.device), []
     bench, (model, B, lengths) = Bench(preset, device), preset["train"]
     middle = lengths[len(lengths) // 2]
-    for part in (bench.train(*preset["train"]), bench.decode(*preset["decode"]), bench.dtype(model, B, middle),
-                 bench.merge(model, preset["words"], middle)):
-        for row in part:
-            rows.append(row)
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    parts = [bench.train(*preset["train"]), bench.decode(*preset["decode"], False), bench.dtype(model, B, middle),
+             bench.decode(*preset["compiled"], True), bench.merge(model, preset["words"], middle)]
+    for row in itertools.chain(*parts):
+        rows.append(row)
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     points = list(bench.growth(model, lengths, (1.0, 1.5, 2.0, 3.0, 4.0)))
     cuda = device.type == "cuda"
     machine = dict(device=torch.cuda.get_device_name() if cuda else platform.machine(), cores=os.cpu_count(),
                    threads=torch.get_num_threads(), torch=torch.__version__, dtype="bfloat16" if cuda else "float32")
-    note = NOTE.format(**machine, rounds=bench.rounds, more="", memory="weights, gradients and AdamW's moments, and " +
-                       ("the peak of a step above them" if cuda else "what the forward keeps for the backward")).replace("\n", " ")
+    memory = "the peak of a step above them" if cuda else "what the forward keeps for the backward"
+    note = NOTE.format(**machine, rounds=bench.rounds, memory=memory).replace("\n", " ")
     results = Path(s.results)
     results.mkdir(parents=True, exist_ok=True)
     (results / f"bench_{s.preset}.json").write_text(
