@@ -322,13 +322,16 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-class Linear(nn.Linear):
-    """x W^T. Of a few rows on a CPU, W x^T: the same product, which its BLAS takes half the time for."""
+def linear(x, W):
+    """x W^T. Of a few rows on a CPU, W x^T: the same product, for which its BLAS takes half the time."""
+    if x.device.type != "cpu" or x.numel() > 32 * x.size(-1):
+        return F.linear(x, W)
+    return (W @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
 
+
+class Linear(nn.Linear):
     def forward(self, x):
-        if x.is_cuda or x.numel() > 32 * self.in_features:
-            return F.linear(x, self.weight)
-        return (self.weight @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
+        return linear(x, self.weight)
 
 
 class CausalSelfAttention(nn.Module):
@@ -346,9 +349,10 @@ class CausalSelfAttention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, N, d)
         qk, v = rotate(qkv[:2], *rotation), qkv[2]                                   # (2, B, H, N, d), (B, H, N, d)
-        if channel is not None:
-            qk[..., -1], v = channel, (v * P.unsqueeze(1)).type_as(v)
-        q, k = qk
+        if channel is not None:                                                      # there are scores
+            qk[..., -1] = channel
+            v = (v * P.unsqueeze(1)).type_as(v)
+        q, k = qk                                                                    # (B, H, N, d) each
         k, v, mask = append(self.layer, k, v) if append else (k, v, None)            # (B, H, S, d) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
@@ -505,7 +509,7 @@ class Tinybubbles(nn.Module):
         logits are made CHUNK at a time, and anew for the gradient, so that not all of (B, N, V) ever exists."""
         x, W = self.ln_f(x), self.wte.weight
         if y is None:
-            return F.linear(x, W).float().log_softmax(-1)
+            return linear(x, W).float().log_softmax(-1)
         rows = max(1, CHUNK // W.size(0))
         chunks = list(zip(x.flatten(0, 1).split(rows), y.clamp(min=0).flatten().split(rows)))
         again = partial(checkpoint, nats, use_reentrant=False, preserve_rng_state=False) if len(chunks) > 1 else nats

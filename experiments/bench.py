@@ -232,8 +232,8 @@ class Bench:
         for model, B, context in itertools.product(models, batches, contexts):
             with torch.no_grad(), self.autocast():
                 seconds, ratio, cache, (bubbles, idx) = self.read_tokens(model, B, context, compiled)
-                row = dict(what="decoding a token" + ", compiled" * compiled, rival="GPT with a cache", model=model, B=B,
-                           tokens=context, r=2.0, ratio=ratio, target=1.3 if self.half else 1.6, seconds=seconds,
+                row = dict(what="decoding a token" + ", compiled" * compiled, rival="GPT with a cache", model=model,
+                           B=B, tokens=context, r=2.0, ratio=ratio, target=1.3 if self.half else 1.6, seconds=seconds,
                            memory_target=1.05, **self.cache_bytes(bubbles.config, cache, B))
                 if not compiled and (context == 1024 or context == contexts[-1] < 1024):
                     anew, _ = compare([lambda: bubbles(idx[:, :context])], 1, self.device)

@@ -49,7 +49,8 @@ def test_one_token_after_the_other_selects_what_all_at_once_do():
 
 def test_few_are_counted_as_many_are():
     seen, values = torch.randint(50, (4, 300)).float(), torch.randint(50, (4, 40)).float()
-    assert torch.equal(count_at_least(seen, values), torch.cat([count_at_least(seen, v) for v in values.split(8, 1)], 1))
+    few = [count_at_least(seen, part) for part in values.split(8, dim=1)]
+    assert torch.equal(count_at_least(seen, values), torch.cat(few, dim=1))
 
 
 def memory(cache):
@@ -97,7 +98,7 @@ def test_compiled_generation_is_generation_and_compiles_once(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler, and this machine has none")
 def test_the_compiled_model_is_its_equations():
-    """The training forward, its gradient, and a fixed cache's step, each one graph, against the NumPy twin and eager."""
+    """The training forward and its gradient, and a fixed cache's step, each one graph, against the NumPy twin."""
     model, idx = random_model(0, n_layer=2, fork_layers=(0, 1)), tokens(0, B=1, T=9)
     compiled, gradients, cache = torch.compile(model, fullgraph=True), [], Cache()
     for forward in (model, compiled):
