@@ -4,7 +4,7 @@ What makes extra streams pay: python experiments/ablate.py --task lookup        
 Trains every arm with every seed on the same batches, a process for each core, skips what is done already (one JSON file
 a run), and writes experiments/results/ablate_TASK.json, .md and .png: the mean loss of each arm, and its difference to
 the plain GPT's, paired over seeds, with a 95 % interval. An arm is flags of train.py and, where those don't reach, a
-`Variant`, which changes one thing in the model or its training.
+`Variant`, which changes one thing in the model or its training. The tasks plays-10m and plays-30m want a GPU.
 """
 import json
 import math
@@ -33,6 +33,8 @@ from train import knob, read_flags, refuse  # noqa: E402
 LOOKUP = "--dataset lookup --block_size 48 --n_head 1 --n_embd 16 --budget 2 --min_lr 5e-4 "
 PLAYS = ("--dataset shakespeare --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
          "--learning_rate 4e-3 --eval_iters 100 --budget 2 ")
+GPU = ("--dataset shakespeare --block_size 256 --batch_size 64 --learning_rate 1e-3 --min_lr 1e-4 --max_iters 2000 "
+       "--dropout 0.2 --eval_iters 50 --budget 2 --device cuda ")
 TASKS = {   # train.py's flags; every arm adds its own
     "lookup": LOOKUP + "--n_layer 1 --fork_layers 0 --max_iters 3000 --batch_size 16 --learning_rate 4e-3 "
                        "--eval_iters 64",
@@ -40,7 +42,10 @@ TASKS = {   # train.py's flags; every arm adds its own
                             "--eval_iters 32",
     "plays": PLAYS + "--max_iters 2000",
     "plays-long": PLAYS + "--max_iters 8000",
+    "plays-10m": GPU + "--n_layer 6 --n_head 6 --n_embd 384 --fork_layers 2,4",
+    "plays-30m": GPU + "--n_layer 8 --n_head 8 --n_embd 512 --fork_layers 3,5",
 }
+DEEP = {"lookup": 2, "lookup-deep": 4, "plays": 7, "plays-long": 7, "plays-10m": 10, "plays-30m": 13}
 
 
 @dataclass
@@ -67,6 +72,7 @@ class Variant:
 OURS, PAPER, AUTHORS = "--form ours ", "--form paper ", "--form paper --merge residual "
 ARMS = {   # name: (flags, variant)
     "plain GPT": ("--fork_layers none", Variant()),
+    "GPT of as many FLOPs": ("--fork_layers none --n_layer {deep}", Variant()),      # but for attention's longer rows
     "copy-2": ("--merge residual --budget 2", Variant(copies=True)),
     "bubbles": (OURS, Variant()),
     "paper's form": (PAPER, Variant()),
@@ -230,7 +236,7 @@ def vary(model, variant):
 @torch.no_grad()
 def read(trainer, i):
     """Run validation batch i: tok and logp of the last block's streams (B, N), and each token's streams (B, T)."""
-    idx, streams = torch.from_numpy(trainer.data.val_batch(i)[0]), []
+    idx, streams = torch.from_numpy(trainer.data.val_batch(i)[0]).to(trainer.device), []
     trainer.model(idx, streams=streams)
     tok, logp = streams[-1]
     return tok, logp, sum_per_token((tok >= 0).long(), tok, idx.size(1))
@@ -248,7 +254,7 @@ def look(trainer):
         query, key = tok.unsqueeze(-1), tok.unsqueeze(-2)
         slot = (query == key).long().cumsum(-1).argmax(-1, keepdim=True)                          # of the original
         cosine = F.cosine_similarity(block.out, block.out.gather(1, slot.expand_as(block.out)), dim=-1)
-        future = torch.ones(N, N, dtype=torch.bool).triu(1)
+        future = torch.ones(N, N, dtype=torch.bool, device=tok.device).triu(1)
         logits = (q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))).masked_fill(future, -math.inf)
         weight = logits.softmax(-1).mean(1)                                                       # (B, N, N)
         own = (query == key) & fork.unsqueeze(-2) & original.unsqueeze(-1)
@@ -264,12 +270,12 @@ def look(trainer):
 
 def flags_of(task, arm, more=""):
     """train.py's flags of an arm, a list; later ones win."""
-    return f"{TASKS[task]} {ARMS[arm][0]} {more}".split()
+    return f"{TASKS[task]} {ARMS[arm][0].format(deep=DEEP[task])} {more}".split()
 
 
 def prepare(task, arm, seed, out, more=""):
     """The Trainer of one run: settings, model and optimizer as the arm wants them."""
-    settings = read_flags(train.Settings, [*flags_of(task, arm, more), "--seed", str(seed), "--device", "cpu",
+    settings = read_flags(train.Settings, ["--device", "cpu", *flags_of(task, arm, more), "--seed", str(seed),
                                            "--out_dir", str(out)], "")
     trainer, variant = train.Trainer(settings), ARMS[arm][1]
     vary(trainer.model, variant)
@@ -315,7 +321,8 @@ def run(task, arm, seed, path, more):
                   steps=steps, parameters=sum(p.numel() for p in model.parameters()), val_loss=trainer.evaluate(budget),
                   streams=float(np.mean([read(trainer, i)[2].float().mean() for i in range(4)])), flips=flips,
                   scorer_gradient=gradient, seconds=time.perf_counter() - started, torch=torch.__version__,
-                  machine=f"{platform.machine()}, {os.cpu_count()} cores, 1 thread per run")
+                  machine=torch.cuda.get_device_name() if trainer.device.type == "cuda" else
+                  f"{platform.machine()}, {os.cpu_count()} cores, 1 thread per run")
     if model.config.fork_layers:
         result.update(look(trainer))
     if isinstance(trainer.data, train.Lookup):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -155,6 +156,15 @@ def step_bytes(net, function, device):
     return state + sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+class Operations(TorchDispatchMode):
+    """Counts the operations that run within it."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def ceiling(device, half):
     """Measured multiply-adds per second, counted twice, of a large square matmul; and bytes per second of a copy."""
     n = 8192 if device.type == "cuda" else 1024
@@ -194,8 +204,11 @@ class Bench:
             optimizer.step()
         return step
 
-    def compiled(self, net):
-        return torch.compile(net, fullgraph=True) if self.device.type == "cuda" else net
+    def compiled(self, *nets):
+        if self.device.type != "cuda":
+            return nets
+        torch._dynamo.reset()                                         # it keeps eight graphs of a function at most
+        return [torch.compile(net, fullgraph=True) for net in nets]
 
     def train(self, model, B, lengths):
         """Rows: a training step of bubbles against the GPT of as many positions."""
@@ -204,7 +217,7 @@ class Bench:
             for budget in (2.0, 4.0):
                 bubbles, gpt = self.nets(model, block_size=T)
                 idx, counts = self.idx(B, T), counts_of(bubbles.config, T, budget)
-                nets = self.compiled(bubbles), self.compiled(gpt)
+                nets = self.compiled(bubbles, gpt)
                 calls = lambda: nets[0](idx, idx, budget=budget)[1], lambda: nets[1](idx, idx, counts)
                 seconds, (ratio, _) = compare([self.step(net, call) for net, call in zip((bubbles, gpt), calls)],
                                               self.rounds, self.device)
@@ -231,10 +244,10 @@ class Bench:
         and against no cache."""
         for model, B, context in itertools.product(models, batches, contexts):
             with torch.no_grad(), self.autocast():
-                seconds, ratio, cache, (bubbles, idx) = self.read_tokens(model, B, context, compiled)
+                seconds, ratio, cache, operations, (bubbles, idx) = self.read_tokens(model, B, context, compiled)
                 row = dict(what="decoding a token" + ", compiled" * compiled, rival="GPT with a cache", model=model,
                            B=B, tokens=context, r=2.0, ratio=ratio, target=1.3 if self.half else 1.6, seconds=seconds,
-                           memory_target=1.05, **self.cache_bytes(bubbles.config, cache, B))
+                           operations=operations, memory_target=1.05, **self.cache_bytes(bubbles.config, cache, B))
                 if not compiled and (context == 1024 or context == contexts[-1] < 1024):
                     anew, _ = compare([lambda: bubbles(idx[:, :context])], 1, self.device)
                     row.update(faster_than_anew=anew[0] / seconds, faster_target=20)
@@ -243,13 +256,15 @@ class Bench:
             yield row
 
     def read_tokens(self, model, B, context, compiled, tokens=16):
-        """Seconds a token of bubbles, its ratio to the GPT's, the cache, and the model with the text it read."""
-        last = context + tokens * (self.rounds + 1)
+        """Seconds a token of bubbles, its ratio to the GPT's, the cache, how many operations a token takes both models
+        when not compiled, and bubbles with the text it read."""
+        last = context + tokens * (self.rounds + 1) + 1
         bubbles, gpt = (net.eval() for net in self.nets(model, block_size=last))
         c, idx, cache, place = bubbles.config, self.idx(B, last), Cache(), dict(bubbles=context, gpt=context)
         bubbles(idx[:, :context], cache=cache)
         step = bubbles
         if compiled:
+            torch._dynamo.reset()                                     # it keeps eight graphs of a function at most
             step = torch.compile(bubbles, fullgraph=True, mode="reduce-overhead" if self.half else None)
             cache.fix(last, 2.0)
         kv = torch.empty(c.n_layer, 2, B, c.n_head, last, c.n_embd // c.n_head, device=self.device,
@@ -263,7 +278,12 @@ class Bench:
         seconds, (ratio, _) = compare([lambda: read("bubbles", lambda one, t: step(one, cache=cache)),
                                        lambda: read("gpt", lambda one, t: gpt(one, kv=kv, start=t))],
                                       self.rounds, self.device)
-        return seconds[0] / tokens, ratio, cache, (bubbles, idx)
+        operations = []
+        for call in (lambda: bubbles(idx[:, :1], cache=cache), lambda: gpt(idx[:, :1], kv=kv, start=context)):
+            with Operations() as seen:
+                call()
+            operations.append(seen.count)
+        return seconds[0] / tokens, ratio, cache, operations, (bubbles, idx)
 
     def cache_bytes(self, c, cache, B):
         """The keys' and values' room over what the streams need; and their bytes."""

@@ -9,7 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import ablate  # noqa: E402
+import train  # noqa: E402
 from ablate import ARMS, Variant  # noqa: E402
+from train import read_flags  # noqa: E402
 from tinybubbles import Config, Tinybubbles, logsumexp_per_token  # noqa: E402
 
 CONFIG = Config(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=16, fork_layers=(0, 1), form="paper",
@@ -169,6 +171,14 @@ def test_the_scorers_learning_rate_and_the_growing_budget(tmp_path, monkeypatch)
         ablate.train_step(trainer, Variant(grow=True), step)
         budgets += trainer.s.budget
     assert budgets == [1, 1, 1, 1.5, 2, 2, 2, 2]
+
+
+def test_the_deep_gpt_has_a_block_for_every_stream_of_a_token():
+    for task, deep in ablate.DEEP.items():
+        config = read_flags(train.Settings, ablate.flags_of(task, "bubbles"), "")
+        streams = [min(2, 2 ** sum(fork <= l for fork in config.fork_layers)) for l in range(config.n_layer)]
+        gpt = read_flags(train.Settings, ablate.flags_of(task, "GPT of as many FLOPs"), "")
+        assert sum(streams) == deep == gpt.n_layer and gpt.fork_layers == ()
 
 
 def test_differences_are_paired_and_the_interval_is_students():
