@@ -248,7 +248,7 @@ class Bench:
                 row = dict(what="decoding a token" + ", compiled" * compiled, rival="GPT with a cache", model=model,
                            B=B, tokens=context, r=2.0, ratio=ratio, target=1.3 if self.half else 1.6, seconds=seconds,
                            operations=operations, memory_target=1.05, **self.cache_bytes(bubbles.config, cache, B))
-                if not compiled and (context == 1024 or context == contexts[-1] < 1024):
+                if context == 1024 or context == contexts[-1] < 1024:
                     anew, _ = compare([lambda: bubbles(idx[:, :context])], 1, self.device)
                     row.update(faster_than_anew=anew[0] / seconds, faster_target=20)
             weights = sum(p.numel() for p in bubbles.parameters()) * (2 if self.half else 4)
@@ -303,29 +303,39 @@ class Bench:
                                           self.device)
             memory = [step_bytes(net, call, self.device) for net, call in zip(nets, calls)]
         c, base = nets[0].config, 3 * flops(nets[0].config, T, 2.0)
-        head = 2 * c.n_embd * words                                    # flops a row; four times: once more, in chunks
+        head = 2 * c.n_embd * words                                    # flops a row; four times: chunks, forward twice
         more = 1 + 4 * (quota(2.0, T) - T) * head / (base + T * head)
         yield dict(what="probability merge", rival="residual merge", model=model, B=1, tokens=T, r=2.0, ratio=ratio,
                    target=1.25 * more, seconds=seconds[0], memory=memory[0] / memory[1], memory_target=1.25)
 
-    def growth(self, model, lengths, budgets):
-        """Training and decoding alone: seconds and bytes at each length (r = 2) and each budget (a middle length)."""
+    def growth(self, model, lengths, contexts, budgets):
+        """Seconds and bytes of training over lengths and of decoding over contexts (r = 2), and of both over budgets
+        (at a middle length), at batch 1."""
         middle = lengths[len(lengths) // 2]
-        for over, points in (("tokens", [(T, 2.0) for T in lengths]), ("r", [(middle, r) for r in budgets])):
+        for what, over, points in (("training", "tokens", [(T, 2.0) for T in lengths]),
+                                   ("training", "r", [(middle, r) for r in budgets]),
+                                   ("decoding", "tokens", [(T, 2.0) for T in contexts]),
+                                   ("decoding", "r", [(middle, r) for r in budgets])):
             for T, r in points:
-                bubbles, _ = self.nets(model, block_size=2 * T, fork_layers=(1, 2))
-                idx, cache = self.idx(1, 2 * T), Cache()
-                call = lambda: bubbles(idx[:, :T], idx[:, 1:T + 1], budget=r)[1]
-                with self.autocast():
-                    kept = step_bytes(bubbles, call, self.device)
-                train = compare([self.step(bubbles, call)], self.rounds, self.device)[0][0]
-                yield dict(what="training", over=over, tokens=T, r=r, seconds=train, bytes=kept)
-                with torch.no_grad(), self.autocast():
-                    bubbles.eval()(idx[:, :T], budget=r, cache=cache)
-                    one = lambda: [bubbles(idx[:, T:T + 1], budget=r, cache=cache) for _ in range(8)]
-                    seconds = compare([one], min(self.rounds, T // 8 - 1), self.device)[0][0] / 8
-                yield dict(what="decoding", over=over, tokens=T, r=r, seconds=seconds,
-                           bytes=sum(kv.untyped_storage().nbytes() for kv in cache.kv.values()))
+                bubbles, _ = self.nets(model, block_size=T + 16 * (self.rounds + 1))
+                seconds, held = (self.train_once if what == "training" else self.decode_once)(bubbles, T, r)
+                yield dict(what=what, over=over, tokens=T, r=r, seconds=seconds, bytes=held)
+
+    def train_once(self, bubbles, T, r):
+        idx = self.idx(1, T)
+        call = lambda: bubbles(idx, idx, budget=r)[1]
+        with self.autocast():
+            held = step_bytes(bubbles, call, self.device)
+        return compare([self.step(bubbles, call)], self.rounds, self.device)[0][0], held
+
+    def decode_once(self, bubbles, T, r):
+        idx, cache = self.idx(1, T + 16 * (self.rounds + 1)), Cache()
+        with torch.no_grad(), self.autocast():
+            bubbles.eval()(idx[:, :T], budget=r, cache=cache)
+            one = lambda: [bubbles(idx[:, t:t + 1], budget=r, cache=cache) for t in
+                           range(cache.length, cache.length + 16)]
+            seconds = compare([one], self.rounds, self.device)[0][0] / 16
+        return seconds, sum(kv.untyped_storage().nbytes() for kv in cache.kv.values())
 
 
 # -- the table and the figure -----------------------------------------------------------------------------------------
@@ -375,7 +385,9 @@ def draw(points, path):
             axis.loglog(xs, ys, "o-", color=color, base=2)
             axis.set_title(f"{what}: {'time' if key == 'seconds' else 'memory'} ~ {over}^{slope(xs, ys):.2f}",
                            fontsize=9)
+            ticks = np.geomspace(min(ys), max(ys), 4)
             axis.set_xticks(xs, [f"{x:g}" for x in xs], fontsize=7)
+            axis.set_yticks(ticks, [f"{y:.2g}" for y in ticks], fontsize=7)
             axis.minorticks_off()
             axis.grid(alpha=0.3)
         axes[1, i].set_xlabel({"tokens": "tokens read" if what == "training" else "tokens in the cache",
@@ -402,11 +414,11 @@ def main(argv):
     bench, (model, B, lengths) = Bench(preset, device), preset["train"]
     middle = lengths[len(lengths) // 2]
     parts = [bench.train(*preset["train"]), bench.decode(*preset["decode"], False), bench.dtype(model, B, middle),
-             bench.decode(*preset["compiled"], True), bench.merge(model, preset["words"], middle)]
+             bench.decode(*preset["compiled"], True), bench.merge(model, preset["words"], max(lengths))]
     for row in itertools.chain(*parts):
         rows.append(row)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    points = list(bench.growth(model, lengths, (1.0, 1.5, 2.0, 3.0, 4.0)))
+    points = list(bench.growth(model, lengths, preset["decode"][2], (1.0, 1.5, 2.0, 3.0, 4.0)))
     cuda = device.type == "cuda"
     machine = dict(device=torch.cuda.get_device_name() if cuda else platform.machine(), cores=os.cpu_count(),
                    threads=torch.get_num_threads(), torch=torch.__version__, dtype="bfloat16" if cuda else "float32")
