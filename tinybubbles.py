@@ -100,8 +100,8 @@ class Cache:
         self.fixed = False
 
     def fix(self, tokens, budget):
-        """Make room for `tokens` tokens in all; from here on they come one by one, no shape changes, and nothing waits
-        for the device: a step can be compiled, or recorded as a CUDA graph. Not before the first chunk."""
+        """Make room for `tokens` tokens in all at this budget; from here on they come one by one, no shape changes, and
+        nothing waits for the device: a step can be compiled, or recorded as a CUDA graph. After the first chunk."""
         for l, kv in self.kv.items():
             streams = 2 ** sum(fork <= l for fork in self.extras)                    # of one token at the most
             room = min(quota(budget, tokens), streams * tokens) + streams

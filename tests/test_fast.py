@@ -98,7 +98,7 @@ def test_compiled_generation_is_generation_and_compiles_once(monkeypatch):
 
 def test_the_gradient_of_the_compiled_training_step_is_the_models():
     """One graph forward and one backward, traced ahead of time, run by PyTorch's own operations."""
-    model, idx, gradients = random_model(0), tokens(0), []
+    model, idx, gradients = random_model(0, n_layer=2, fork_layers=(0, 1)), tokens(0), []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
         forward(idx, idx)[1].backward()

@@ -82,6 +82,18 @@ def test_the_sampler_streams_the_prompt_and_its_continuation(folder):
     assert greedy[0] == greedy[1]
 
 
+def test_a_compiled_sampler_says_the_same(folder, monkeypatch, capsys):
+    """Past block_size, with two streams a token; traced without a break, run by PyTorch's own operations."""
+    train_here()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    said = []
+    for flags in ([], ["--compile"]):
+        capsys.readouterr()
+        sample.main(["--max_new_tokens", "40", "--device", "cpu", "--num_samples", "2", *flags])
+        said.append(re.sub(r"\d+ tokens/s", "", capsys.readouterr().out))
+    assert said[0] == said[1] and re.search(r"(1\.[5-9]|2\.0)\d* streams per token at budget 2", said[0])
+
+
 def test_a_closed_pipe_ends_the_sampler_quietly(folder):
     train_here()
     command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'sample.py'))} --max_new_tokens 300 | head -c 1"
@@ -105,7 +117,8 @@ def test_every_command_of_the_readme_runs(folder):
     for name in ("path/to/any.txt", "prompt.txt"):
         Path(name).write_text(VERSE * 20, "utf-8")
     train_here()
-    small = {"train.py": [*TINY, "--compile", "false"], "sample.py": ["--max_new_tokens", "5"],
+    small = {"train.py": [*TINY, "--compile", "false"], "sample.py": ["--max_new_tokens", "5", "--compile", "false"],
+             "experiments/bench.py": ["--preset", "smoke", "--results", "pictures"],
              "experiments/figures.py": ["pictures"], "experiments/decode_loss.py": ["--windows", "2"],
              "experiments/ablate.py": ["--seeds", "0", "--arms", "bubbles", "--results", "pictures", "--flags",
                                        "--max_iters 2 --batch_size 2 --eval_iters 4"]}
