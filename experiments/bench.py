@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tinybubbles import MLP, Cache, Config, Linear, Tinybubbles, quota, rotate  # noqa: E402
+from tinybubbles import MLP, Cache, Config, Linear, Tinybubbles, linear, quota, rotate  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import choose_device, knob, make_optimizer, read_flags, refuse  # noqa: E402
 
@@ -251,8 +251,9 @@ class Bench:
                 if context == 1024 or context == contexts[-1] < 1024:
                     anew, _ = compare([lambda: bubbles(idx[:, :context])], 1, self.device)
                     row.update(faster_than_anew=anew[0] / seconds, faster_target=20)
-            weights = sum(p.numel() for p in bubbles.parameters()) * (2 if self.half else 4)
-            row["of_bandwidth"] = (weights + row["cache_bytes"]) / seconds / ceiling(self.device, self.half)[1]
+            if self.half:                                             # a CPU's own caches make this no limit
+                read = sum(p.numel() for p in bubbles.parameters()) * 2 + row["cache_bytes"]
+                row["of_bandwidth"] = read / seconds / ceiling(self.device, self.half)[1]
             yield row
 
     def read_tokens(self, model, B, context, compiled, tokens=16):
@@ -292,6 +293,17 @@ class Bench:
         streams = sum(int(cache.count[max(s for s in stages if s <= l)].sum()) for l in range(c.n_layer))
         return dict(memory=held / (streams * 2 * c.n_embd * size), cache_bytes=held,
                     streams=streams / c.n_layer / B / int(cache.length))
+
+    @torch.no_grad()
+    def few_rows(self, model, B, T):
+        """A row: the product with T streams' rows that `linear` takes, against F.linear, over a model's weights."""
+        D = model["n_embd"]
+        weights = [torch.randn(n * D, D, device=self.device) for n in (3, 1, 4) for _ in range(model["n_layer"])]
+        x = torch.randn(B, T, D, device=self.device)
+        seconds, (ratio, _) = compare([lambda: [linear(x, W) for W in weights],
+                                       lambda: [F.linear(x, W) for W in weights]], self.rounds, self.device)
+        yield dict(what="product of few rows", rival="F.linear", model=model, B=B, tokens=T, r=1.0, ratio=ratio,
+                   seconds=seconds[0])
 
     def merge(self, model, words, T):
         """A row: loss and gradient with many words, the probability merge against the residual one."""
@@ -414,6 +426,7 @@ def main(argv):
     bench, (model, B, lengths) = Bench(preset, device), preset["train"]
     middle = lengths[len(lengths) // 2]
     parts = [bench.train(*preset["train"]), bench.decode(*preset["decode"], False), bench.dtype(model, B, middle),
+             bench.few_rows(preset["decode"][0][-1], 1, 2),
              bench.decode(*preset["compiled"], True), bench.merge(model, preset["words"], max(lengths))]
     for row in itertools.chain(*parts):
         rows.append(row)

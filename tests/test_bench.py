@@ -52,7 +52,8 @@ def test_a_smoke_run_writes_its_table_and_numbers(tmp_path, capsys):
     bench.main(["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path)])
     result = json.loads((tmp_path / "bench_smoke.json").read_text())
     kinds = {row["what"] for row in result["rows"]}
-    assert kinds == {"training step", "training step, bfloat16", "decoding a token", "probability merge"}
+    assert kinds == {"training step", "training step, bfloat16", "decoding a token", "product of few rows",
+                     "probability merge"}
     assert all(row["ratio"][1] <= row["ratio"][0] <= row["ratio"][2] for row in result["rows"])
     assert all(row["memory"] >= 1 for row in result["rows"] if row["what"].startswith("decoding"))
     assert (tmp_path / "bench_smoke.md").read_text().startswith("| what") and (tmp_path / "bench_smoke.png").exists()
