@@ -329,11 +329,6 @@ def linear(x, W):
     return (W @ x.flatten(0, -2).t()).t().contiguous().view(*x.shape[:-1], -1)
 
 
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight)
-
-
 class CausalSelfAttention(nn.Module):
     """Score-attenuated attention (eqs. 7-8): logits (q k^T + logp_key) / sqrt(d), values times P. The last channel of
     each head carries the score: q = 1, k = logp there. So any fused attention kernel serves, with no mask tensor.
@@ -342,12 +337,12 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, P, channel, rotation, append):
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, N, d)
+        qkv = linear(x, self.qkv.weight).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # (3, B, H, N, d)
         qk, v = rotate(qkv[:2], *rotation), qkv[2]                                   # (2, B, H, N, d), (B, H, N, d)
         if channel is not None:                                                      # there are scores
             qk[..., -1] = channel
@@ -356,17 +351,17 @@ class CausalSelfAttention(nn.Module):
         k, v, mask = append(self.layer, k, v) if append else (k, v, None)            # (B, H, S, d) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(B, N, D))                         # (B, N, D)
+        return linear(y.transpose(1, 2).reshape(B, N, D), self.proj.weight)          # (B, N, D)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc = Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.proj = Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))                     # (B, N, D)
+        return linear(F.gelu(linear(x, self.fc.weight), approximate="tanh"), self.proj.weight)   # (B, N, D)
 
 
 class Block(nn.Module):

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tinybubbles import MLP, Cache, Config, Linear, Tinybubbles, linear, quota, rotate  # noqa: E402
+from tinybubbles import MLP, Cache, Config, Tinybubbles, linear, quota, rotate  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import choose_device, knob, make_optimizer, read_flags, refuse  # noqa: E402
 
@@ -48,18 +48,18 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, rotation, kv, start):
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)      # (3, B, H, N, d)
+        qkv = linear(x, self.qkv.weight).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # (3, B, H, N, d)
         (q, k), v = rotate(qkv[:2], *rotation), qkv[2]
         if kv is not None:
             kv[:, :, :, start:start + N] = torch.stack((k, v))
             k, v = kv[:, :, :, :start + N]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0 and N > 1)
-        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+        return linear(y.transpose(1, 2).reshape(B, N, D), self.proj.weight)
 
 
 class GPT(nn.Module):
