@@ -434,7 +434,10 @@ class Trainer:
             refuse(str(error))
         torch.manual_seed(s.seed)
         self.model = Tinybubbles(config).to(self.device)
-        self.compiled = torch.compile(self.model) if s.compile else self.model
+        self.compiled = self.model
+        if s.compile:
+            torch._dynamo.config.recompile_limit = 100                # a graph for each budget, trained and evaluated
+            self.compiled = torch.compile(self.model)
         parallel = torch.nn.parallel.DistributedDataParallel
         self.parallel = parallel(self.compiled) if self.world > 1 else self.compiled
         self.optimizer = make_optimizer(self.model, s, self.device)

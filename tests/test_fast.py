@@ -13,6 +13,11 @@ from test_tinybubbles import LargestTensor, oracle, random_model, tokens
 from tinybubbles import Cache, count_at_least, quota, select_causal, select_next
 
 
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    torch._dynamo.reset()                                             # it keeps eight of one function at most
+
+
 # -- the head in chunks ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("merge", ["probability", "residual"])

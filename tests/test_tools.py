@@ -85,6 +85,7 @@ def test_the_sampler_streams_the_prompt_and_its_continuation(folder):
 def test_a_compiled_sampler_says_the_same(folder, monkeypatch, capsys):
     """Past block_size, with two streams a token; traced without a break, run by PyTorch's own operations."""
     train_here()
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     said = []
     for flags in ([], ["--compile"]):
@@ -188,8 +189,11 @@ def test_evaluating_never_moves_the_training_run(folder):
 def test_compile_and_bfloat16_train_the_same_model(folder, monkeypatch):
     losses = [train_here()["val_loss"], train_here("--dtype", "bfloat16")["val_loss"]]
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    torch._dynamo.reset()
     losses.append(train_here("--compile")["val_loss"])
     assert max(losses) - min(losses) < 0.02
+    many = "--budget 1,1.2,1.4,1.6,1.8,2 --max_iters 8 --n_layer 1 --fork_layers 0"      # a graph for each: none refused
+    train_here("--compile", *many.split())
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
