@@ -192,7 +192,7 @@ def test_compile_and_bfloat16_train_the_same_model(folder, monkeypatch):
     torch._dynamo.reset()
     losses.append(train_here("--compile")["val_loss"])
     assert max(losses) - min(losses) < 0.02
-    many = "--budget 1,1.2,1.4,1.6,1.8,2 --max_iters 8 --n_layer 1 --fork_layers 0"      # a graph for each: none refused
+    many = "--budget 1,1.2,1.4,1.6,1.8,2 --max_iters 8 --n_layer 1 --fork_layers 0"  # a graph for each: none refused
     train_here("--compile", *many.split())
 
 
