@@ -344,10 +344,10 @@ class Bench:
         idx, cache = self.idx(1, T + 16 * (self.rounds + 1)), Cache()
         with torch.no_grad(), self.autocast():
             bubbles.eval()(idx[:, :T], budget=r, cache=cache)
+            held = sum(kv.untyped_storage().nbytes() for kv in cache.kv.values())
             one = lambda: [bubbles(idx[:, t:t + 1], budget=r, cache=cache) for t in
                            range(cache.length, cache.length + 16)]
-            seconds = compare([one], self.rounds, self.device)[0][0] / 16
-        return seconds, sum(kv.untyped_storage().nbytes() for kv in cache.kv.values())
+            return compare([one], self.rounds, self.device)[0][0] / 16, held
 
 
 # -- the table and the figure -----------------------------------------------------------------------------------------
