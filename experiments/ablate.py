@@ -118,7 +118,7 @@ ARMS = {   # name: (flags, variant)
 }
 ARMS |= {"bubbles, " + name: (OURS + flags, Variant()) for name, flags in {
     "r = 1.25": "--budget 1.25", "r = 1.5": "--budget 1.5", "r = 4": "--budget 4", "elastic": "--budget 1,1.25,1.5,2",
-    "one fork layer": "--fork_layers 1"}.items()}
+    "one fork layer": "--fork_layers {first}"}.items()}
 MAIN = ["plain GPT", "copy-2", "bubbles", "paper's form", "authors' code", "bubbles, large fork embedding",
         "bubbles, P near 1 at first", "bubbles, large fork embedding, P near 1 at first", "bubbles, r = 1.5",
         "bubbles, r = 1.5, random selection"]
@@ -270,7 +270,8 @@ def look(trainer):
 
 def flags_of(task, arm, more=""):
     """train.py's flags of an arm, a list; later ones win."""
-    return f"{TASKS[task]} {ARMS[arm][0].format(deep=DEEP[task])} {more}".split()
+    first = re.search(r"--fork_layers (\d+)", TASKS[task]).group(1)
+    return f"{TASKS[task]} {ARMS[arm][0].format(deep=DEEP[task], first=first)} {more}".split()
 
 
 def prepare(task, arm, seed, out, more=""):

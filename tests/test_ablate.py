@@ -181,6 +181,15 @@ def test_the_deep_gpt_has_a_block_for_every_stream_of_a_token():
         assert sum(streams) == deep == gpt.n_layer and gpt.fork_layers == ()
 
 
+def test_every_arm_of_every_task_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for task in ablate.TASKS:
+        for arm in ARMS:
+            s = read_flags(train.Settings, ablate.flags_of(task, arm), "")
+            Config(**{name: getattr(s, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "fork_layers",
+                                                          "form", "merge", "routing", "dropout")}, budget=max(s.budget))
+
+
 def test_differences_are_paired_and_the_interval_is_students():
     runs = [dict(arm=arm, seed=seed, val_loss=loss) for arm, losses in (("plain GPT", (1.0, 3.0, 2.0)),
             ("bubbles", (0.5, 2.0))) for seed, loss in enumerate(losses)]
