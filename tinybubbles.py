@@ -534,7 +534,7 @@ class Tinybubbles(nn.Module):
             if compile and not cache.fixed:
                 cache.fix(block_size, self.config.budget if budget is None else budget)
             if streams is not None:
-                streams += new
+                streams += [(tok.clone(), logp.clone()) for tok, logp in new]        # a CUDA graph writes over its own
             length += unread.size(1)
             unread = sample(logits[:, -1], temperature, top_k, generator)            # (B, 1)
             recent = torch.cat((recent, unread), dim=1)[:, -block_size:]
