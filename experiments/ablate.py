@@ -164,33 +164,35 @@ class VariantFork(Fork):
         if self.variant.select == "random":
             fork, keep = torch.rand(*fork.shape, 2, device=fork.device).unbind(-1)
         elif self.variant.select == "noisy" and self.training:
-            fork, keep = (torch.stack((fork, keep), -1) - torch.empty(*fork.shape, 2).exponential_().log()).unbind(-1)
+            both = torch.stack((fork, keep), -1)
+            fork, keep = (both - torch.empty_like(both).exponential_().log()).unbind(-1)
         return super().ranking(fork, keep, original, tok)
 
 
 class VariantAttention(CausalSelfAttention):
-    """Attention with P on its values, or not; and its queries and keys in reach."""
+    """Attention with its values times what the block says, and its queries and keys in reach."""
 
     def forward(self, x, P, channel, rotation, append):
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-        q[..., -1], k[..., -1] = channel
-        if self.variant.values:
-            v = v * P.unsqueeze(1)
-        self.qk = q.detach(), k.detach()                                             # for `look`
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.proj(y.transpose(1, 2).reshape(B, N, D))
+        self.read = x.detach(), channel, rotation
+        return super().forward(x, self.P, channel, rotation, append)
+
+    @property
+    def qk(self):
+        """Queries and keys (B, H, N, d) of the last forward pass."""
+        (x, channel, rotation), B, N = self.read, *self.read[0].shape[:2]
+        qk = rotate(self.qkv(x).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)[:2], *rotation)
+        qk[..., -1] = channel
+        return qk.detach()
 
 
 class VariantBlock(Block):
-    """A block whose writes are scaled by P, or not."""
+    """A block whose values and writes are scaled by P, or not."""
 
     def forward(self, x, P, channel, rotation, append):
-        write = P if self.variant.writes else 1.0                                    # (B, N, 1)
-        x = x + write * self.attn(self.ln_1(x), P, channel, rotation, append)
-        self.out = x + write * self.mlp(self.ln_2(x))                                # for `look`
-        return self.out
+        one = torch.ones_like(P)
+        self.attn.P = P if self.variant.values else one
+        self.out = super().forward(x, P if self.variant.writes else one, channel, rotation, append)
+        return self.out                                                              # kept for `look`
 
 
 class VariantModel(Tinybubbles):
