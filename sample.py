@@ -11,6 +11,9 @@ import torch
 
 from train import choose_device, decoder, knob, load_checkpoint, read_flags, refuse
 
+SHADES = "", "30;48;5;189", "30;48;5;111", "97;48;5;26", "97;48;5;17"      # of a terminal: 1, 2, 3, 4, 5 or more streams
+ROW, MOST = 72, 720                                                         # tokens in a row of the picture, and in all
+
 
 @dataclass
 class Settings:
@@ -24,6 +27,8 @@ class Settings:
     top_k: int = knob(0, "sample among the k likeliest tokens; 0 = all", low=0)
     budget: float = knob(None, "streams per token, 1 or more; default: as trained", "float", low=1)
     seed: int = knob(0, "the first sample's; the next ones count up from it", low=0)
+    show_bubbles: bool = knob(False, "shade each character by its streams in the last block (colour on a terminal only)")
+    plot: str = knob(None, "a picture to draw (.png, .pdf or .svg): the streams of the first sample's text", "str")
     compile: bool = knob(False, "torch.compile the step that reads one token: slow to start, faster then")
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
 
@@ -72,31 +77,135 @@ def encode(prompt, vocabulary, vocab_size):
     return tokens
 
 
+# -- seeing bubbles ---------------------------------------------------------------------------------------------------
+
+def count_streams(streams):
+    """The streams that each token of one row owns in each block, (L, T), from what a forward pass reported."""
+    first = streams[0][0][0, 0]
+    return torch.stack([torch.bincount(tok[tok >= 0] - first) for tok, _ in streams]).cpu()
+
+
+@torch.no_grad()
+def read_bubbles(model, idx, budget):
+    """The streams that each token of idx (1, T) owns in each block, and those of its own that were deleted just before
+    it: (2, L, T). Where a context ends, its last half is read again, as `generate` does."""
+    def look(fork, read, out):
+        (x, tok), (x_out, tok_out) = read[:2], out[:2]                # a stream that is kept, is kept to the bit
+        kept = ((x.unsqueeze(2) == x_out.unsqueeze(1)).all(-1) & (tok.unsqueeze(2) == tok_out.unsqueeze(1))).any(-1)
+        deleted[fork.layer] = torch.bincount(tok[(tok >= 0) & ~kept], minlength=deleted.size(1)).cpu()
+
+    size, done, parts = model.config.block_size, 0, []
+    hooks = [fork.register_forward_hook(look) for fork in model.forks.values()]
+    while done < idx.size(1):
+        start, streams = max(0, done - size // 2), []
+        tokens = idx[:, start:start + size]
+        deleted = torch.zeros(model.config.n_layer, tokens.size(1), dtype=torch.long)
+        model(tokens, budget=budget, routing="causal", streams=streams)
+        parts.append(torch.stack((count_streams(streams), deleted))[:, :, done - start:])
+        done = start + size
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(parts, dim=2)
+
+
+def shade(text, n):
+    """The text, on a terminal that wants colours in the shade of n streams."""
+    code = SHADES[min(n, len(SHADES)) - 1]
+    if not (code and sys.stdout.isatty()) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return "\n".join(f"\33[{code}m{line}\33[0m" if line else "" for line in text.split("\n"))
+
+
+def legend(counts):
+    """What each shade means, and the share of the tokens that have it, given their streams, a list."""
+    top = len(SHADES)
+    share = torch.bincount(torch.tensor(counts).clamp(max=top), minlength=top + 1) / len(counts)
+    return "streams: " + "  ".join(shade(f" {n}{' or more' * (n == top)} ", n) + f" {share[n]:.0%}"
+                                   for n in range(1, top + 1) if share[n])
+
+
+def draw_bubbles(counts, deleted, words, path, title):
+    """Draw the streams and the deletions (L, T) of a text, whose T tokens are `words`, as a picture."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    (L, T), top = counts.shape, max(2, int(counts.max()))
+    rows, below = -(-T // ROW), 0.35 + 0.08 * max(map(len, words))                   # inches
+    height = 0.9 + rows * (0.2 * L + below)
+    colors = ListedColormap(colormaps["Blues"](torch.linspace(0.1, 0.9, top).numpy()))
+    figure = Figure((13, height), facecolor="white")
+    for row in range(rows):
+        bottom = height - 0.8 - (row + 1) * 0.2 * L - row * below
+        axes = figure.add_axes((0.04, bottom / height, 0.95, 0.2 * L / height))
+        at = slice(row * ROW, (row + 1) * ROW)
+        axes.imshow(counts[:, at], cmap=colors, vmin=1, vmax=top, aspect="auto", origin="lower")
+        y, x = deleted[:, at].nonzero(as_tuple=True)
+        cross, = axes.plot(x, y - 0.5, "x", color="#d62728", markersize=6, markeredgewidth=2, clip_on=False)
+        axes.set(xlim=(-0.5, min(T, ROW) - 0.5), ylabel="block", yticks=range(0, L, max(1, L // 4)))
+        axes.set_xticks(range(len(words[at])), words[at], family="monospace", rotation=90 * (max(map(len, words)) > 2))
+        axes.tick_params(axis="x", length=0)
+    boxes = [Rectangle((0, 0), 1, 1, color=colors(n)) for n in range(top)]
+    names = [f"{n} stream{'s' * (n > 1)}" for n in range(1, top + 1)]
+    figure.legend(boxes + [cross], names + ["deleted just before this block"], ncols=top + 1, frameon=False,
+                  loc="upper center", bbox_to_anchor=(0.5, 1 - 0.3 / height))
+    figure.suptitle(title, y=1 - 0.1 / height, va="top")
+    figure.savefig(path, dpi=110)
+
+
+def plot(path, model, tokens, vocabulary, budget):
+    """Draw the bubbles of the first MOST of a text's tokens, a list."""
+    idx = torch.tensor([tokens[:MOST]], device=model.wte.weight.device)
+    marks = {"\n": "\u21b5", "\t": "\u21e5", "$": r"\$"}
+    words = [(lambda text: text(token) + text(None))(decoder(vocabulary)) for token in tokens[:MOST]]
+    words = [marks.get(word, word) if word.isprintable() or word in marks else "\ufffd" for word in words]
+    counts, deleted = read_bubbles(model, idx, budget)
+    title = (f"Streams of each token in each block at a budget of {budget or model.config.budget:g}, "
+             f"{counts[-1].float().mean():.2f} in the last block")
+    draw_bubbles(counts, deleted, words, path, title + f" (the first {MOST} tokens)" * (len(tokens) > MOST))
+    print(path)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+def write_sample(model, prompt, vocabulary, s, seed):
+    """Print one sample as it is made. A token's streams are known when it is read, one step after it was drawn, so the
+    last step's own is not used. Returns the text's tokens, and the streams of all tokens read in the last block."""
+    device, text, tokens, read, streams = model.wte.weight.device, decoder(vocabulary), list(prompt), [], []
+    idx = torch.tensor([prompt], device=device)
+    shades = read_bubbles(model, idx, s.budget)[0, -1].tolist() if s.show_bubbles else [1] * len(prompt)
+    print("".join(map(shade, map(text, prompt), shades)), end="", flush=True)
+    steps = model.generate_steps(idx, s.max_new_tokens + 1, temperature=s.temperature, top_k=s.top_k, budget=s.budget,
+                                 generator=torch.Generator(device).manual_seed(seed), streams=streams,
+                                 compile=s.compile)
+    for i, token in enumerate(steps):
+        read.append(count_streams(streams)[-1])
+        streams.clear()
+        if i:
+            n = int(read[-1][-1])
+            shades.append(n)
+            print(shade(text(tokens[-1]), n if s.show_bubbles else 1), end="", flush=True)
+        tokens.append(token.item())
+    print(text(None) + "\n" + (legend(shades) + "\n") * s.show_bubbles + "-" * 80, flush=True)
+    return tokens[:-1], torch.cat(read)
+
+
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip())
-    device = choose_device(s.device)
-    checkpoint, model = load_checkpoint(choose_checkpoint(s), device)
+    if s.plot and not (Path(s.plot).suffix in (".png", ".pdf", ".svg") and Path(s.plot).parent.is_dir()):
+        refuse(f"--plot must be a .png, .pdf or .svg in a folder that is there, not {s.plot!r}")
+    checkpoint, model = load_checkpoint(choose_checkpoint(s), choose_device(s.device))
     vocabulary = checkpoint["vocabulary"]
     prompt = encode(read_prompt(s.prompt, vocabulary), vocabulary, model.config.vocab_size)
-    idx = torch.tensor([prompt], device=device)
     model.eval()
     sys.stdout.reconfigure(errors="replace")
-    started, n_tokens, n_streams = time.perf_counter(), 0, 0
-    for seed in range(s.seed, s.seed + s.num_samples):
-        streams, text = [], decoder(vocabulary)
-        print("".join(map(text, prompt)), end="", flush=True)
-        generator = torch.Generator(device).manual_seed(seed)
-        for token in model.generate_steps(idx, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
-                                          budget=s.budget, generator=generator, streams=streams, compile=s.compile):
-            print(text(token.item()), end="", flush=True)
-            tok, _ = streams[-1]                                      # (1, N) of the last block: those that merge
-            tok = tok[tok >= 0]
-            n_tokens, n_streams = n_tokens + (tok[-1] - tok[0] + 1).item(), n_streams + tok.numel()
-            streams.clear()
-        print(text(None) + "\n" + "-" * 80, flush=True)
+    started = time.perf_counter()
+    samples = [write_sample(model, prompt, vocabulary, s, seed) for seed in range(s.seed, s.seed + s.num_samples)]
     made, seconds = s.num_samples * s.max_new_tokens, time.perf_counter() - started
-    print(f"{made} tokens, {made / seconds:.0f} tokens/s, {n_streams / max(1, n_tokens):.2f} streams per token "
-          f"at budget {s.budget or model.config.budget:g}, on {device}")
+    print(f"{made} tokens, {made / seconds:.0f} tokens/s, {torch.cat([n for _, n in samples]).float().mean():.2f} streams "
+          f"per token at budget {s.budget or model.config.budget:g}, on {model.wte.weight.device}")
+    if s.plot:
+        plot(s.plot, model, samples[0][0], vocabulary, s.budget)
 
 
 if __name__ == "__main__":
