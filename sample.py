@@ -139,8 +139,8 @@ def draw_bubbles(counts, deleted, words, path, title):
         bottom = height - 0.8 - (row + 1) * 0.2 * L - row * below
         axes = figure.add_axes((0.04, bottom / height, 0.95, 0.2 * L / height))
         at = slice(row * ROW, (row + 1) * ROW)
-        axes.imshow(counts[:, at], cmap=colors, vmin=1, vmax=top, aspect="auto", origin="lower")
-        y, x = deleted[:, at].nonzero(as_tuple=True)
+        axes.imshow(counts[:, at].numpy(), cmap=colors, vmin=1, vmax=top, aspect="auto", origin="lower")
+        y, x = deleted[:, at].numpy().nonzero()
         cross, = axes.plot(x, y - 0.5, "x", color="#d62728", markersize=6, markeredgewidth=2, clip_on=False)
         axes.set(xlim=(-0.5, min(T, ROW) - 0.5), ylabel="block", yticks=range(0, L, max(1, L // 4)))
         axes.set_xticks(range(len(words[at])), words[at], family="monospace", rotation=90 * (max(map(len, words)) > 2))

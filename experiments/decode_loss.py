@@ -1,9 +1,10 @@
 """
-One checkpoint's loss four ways, on the same validation windows: python experiments/decode_loss.py
+One checkpoint's loss five ways, on the same validation windows: python experiments/decode_loss.py
 
 Teacher-forced under the causal rule; decoded token by token from a cache, which must agree; teacher-forced under the
 paper's top-k rule, whose choices see later tokens; and top-k as it would really generate: each prediction from a
-forward over the tokens up to it alone, recomputed from scratch. Prints a table, or JSON with --json.
+forward over the tokens up to it alone, recomputed from scratch, its budget scaled to them, or not: as many streams as
+the whole window may have. Prints a table, or JSON with --json.
 """
 import json
 import platform
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tinybubbles import Cache  # noqa: E402
+from tinybubbles import Cache, quota  # noqa: E402
 from train import choose_device, knob, load_checkpoint, load_data, read_flags, refuse  # noqa: E402
 
 
@@ -30,36 +31,47 @@ class Settings:
 
 
 def nats(logits, y):
-    """Mean negative log-probability of the targets y (B, T) under logits (B, T, V)."""
-    return -logits.double().gather(-1, y.unsqueeze(-1)).mean().item()
+    """Negative log-probability (B, T) of the targets y (B, T) under logits (B, T, V)."""
+    return -logits.double().gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+
+def validation_windows(dataset, model, windows):
+    """Windows of a text's validation part as long as the model's context, spread evenly, and their targets: (B, T) each.
+    """
+    size, words, device = model.config.block_size, model.config.vocab_size, model.wte.weight.device
+    _, data = load_data(dataset, size)
+    starts = np.linspace(0, len(data) - size - 1, windows).astype(np.int64)
+    tokens = torch.from_numpy(np.stack([data[start:start + size + 1] for start in starts]).astype(np.int64)).to(device)
+    if tokens.max() >= words:
+        refuse(f"--dataset {dataset} has a token {tokens.max()}, the model {words}; name its own")
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 @torch.no_grad()
 def measure(model, x, y, budget):
-    """The four losses, in nats per token, and the largest difference of a cached log-probability from a full one."""
+    """The losses in nats of every token, {way: (B, T)}, and the largest difference of a cached log-probability from a
+    full one."""
+    T, budget = x.size(1), budget or model.config.budget
     full, cache = model(x, budget=budget, routing="causal")[0], Cache()
-    cached = [model(token, budget=budget, routing="causal", cache=cache)[0] for token in x.split(1, dim=1)]
-    topk = model(x, budget=budget, routing="topk")[0]
-    prefixes = [model(x[:, :t], budget=budget, routing="topk")[0][:, -1:] for t in range(1, x.size(1) + 1)]
-    cached, prefixes = torch.cat(cached, dim=1), torch.cat(prefixes, dim=1)
-    return {"causal, teacher-forced": nats(full, y), "causal, cached, token by token": nats(cached, y),
-            "topk, teacher-forced": nats(topk, y), "topk, token by token, recomputed": nats(prefixes, y),
-            "largest difference of a cached log-probability": (cached - full).abs().max().item()}
+    cached = torch.cat([model(token, budget=budget, routing="causal", cache=cache)[0] for token in x.split(1, 1)], 1)
+    ways = {"causal, teacher-forced": full, "causal, cached, token by token": cached,
+            "topk, teacher-forced": model(x, budget=budget, routing="topk")[0]}
+    for name, scale in (("recomputed", lambda t: budget), ("budget not scaled", lambda t: quota(budget, T) / t)):
+        prefixes = [model(x[:, :t], budget=scale(t), routing="topk")[0][:, -1:] for t in range(1, T + 1)]
+        ways["topk, token by token, " + name] = torch.cat(prefixes, 1)
+    return {name: nats(logits, y) for name, logits in ways.items()}, (cached - full).abs().max().item()
 
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     device = choose_device(s.device)
     model = load_checkpoint(Path(s.out_dir) / "ckpt.pt", device)[1].eval()
-    size = model.config.block_size
-    _, data = load_data(s.dataset, size)
-    starts = np.linspace(0, len(data) - size - 1, s.windows).astype(np.int64)
-    tokens = torch.from_numpy(np.stack([data[start:start + size + 1] for start in starts]).astype(np.int64)).to(device)
-    if tokens.max() >= model.config.vocab_size:
-        refuse(f"--dataset {s.dataset} has a token {tokens.max()}, the model {model.config.vocab_size}; name its own")
-    losses = measure(model, tokens[:, :-1], tokens[:, 1:], s.budget)
+    x, y = validation_windows(s.dataset, model, s.windows)
+    losses, difference = measure(model, x, y, s.budget)
+    losses = {name: values.mean().item() for name, values in losses.items()}
+    losses["largest difference of a cached log-probability"] = difference
     machine = dict(device=str(device), processor=platform.machine(), torch=torch.__version__)
-    settings = dict(windows=s.windows, block_size=size, budget=s.budget or model.config.budget)
+    settings = dict(windows=s.windows, block_size=model.config.block_size, budget=s.budget or model.config.budget)
     if s.json:
         print(json.dumps({**losses, **settings, **machine}, indent=1))
         return

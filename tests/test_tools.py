@@ -120,7 +120,7 @@ def test_every_command_of_the_readme_runs(folder):
     train_here()
     small = {"train.py": [*TINY, "--compile", "false"], "sample.py": ["--max_new_tokens", "5", "--compile", "false"],
              "experiments/bench.py": ["--preset", "smoke", "--results", "pictures"],
-             "experiments/figures.py": ["pictures"], "experiments/decode_loss.py": ["--windows", "2"],
+             "experiments/figures.py": ["--results", "pictures"], "experiments/decode_loss.py": ["--windows", "2"],
              "experiments/ablate.py": ["--seeds", "0", "--arms", "bubbles", "--results", "pictures", "--flags",
                                        "--max_iters 2 --batch_size 2 --eval_iters 4"]}
 
