@@ -90,8 +90,9 @@ def read_bubbles(model, idx, budget):
     """The streams that each token of idx (1, T) owns in each block, and those of its own that were deleted just before
     it: (2, L, T). Where a context ends, its last half is read again, as `generate` does."""
     def look(fork, read, out):
-        (x, tok), (x_out, tok_out) = read[:2], out[:2]                # a stream that is kept, is kept to the bit
-        kept = ((x.unsqueeze(2) == x_out.unsqueeze(1)).all(-1) & (tok.unsqueeze(2) == tok_out.unsqueeze(1))).any(-1)
+        (x, tok), (x_out, tok_out) = read[:2], out[:2]                # what is kept is kept to the bit: 8 channels tell
+        same = (x[:, :, None, :8] == x_out[:, None, :, :8]).all(-1)   # (1, N, N after)
+        kept = (same & (tok.unsqueeze(2) == tok_out.unsqueeze(1))).any(-1)
         deleted[fork.layer] = torch.bincount(tok[(tok >= 0) & ~kept], minlength=deleted.size(1)).cpu()
 
     size, done, parts = model.config.block_size, 0, []
@@ -158,7 +159,7 @@ def plot(path, model, tokens, vocabulary, budget):
     idx = torch.tensor([tokens[:MOST]], device=model.wte.weight.device)
     marks = {"\n": "\u21b5", "\t": "\u21e5", "$": r"\$"}
     words = [(lambda text: text(token) + text(None))(decoder(vocabulary)) for token in tokens[:MOST]]
-    words = [marks.get(word, word) if word.isprintable() or word in marks else "\ufffd" for word in words]
+    words = [marks.get(word, word.strip()) if word.isprintable() or word in marks else "\ufffd" for word in words]
     counts, deleted = read_bubbles(model, idx, budget)
     title = (f"Streams of each token in each block at a budget of {budget or model.config.budget:g}, "
              f"{counts[-1].float().mean():.2f} in the last block")
