@@ -177,9 +177,10 @@ def bootstrap(statistic, samples, *arrays):
 def entropy(models, x, y, s):
     """{budget: {whose entropy: rho with its interval, and by tenths of the entropy its mean and the streams' mean with
     its interval}}."""
-    result, budgets = {}, sorted({1.5, s.budget or models["out_dir"].config.budget})
-    for budget in budgets:
-        streams = []
+    result, trained = {}, models["out_dir"].config.budget
+    for budget in sorted({1.5, s.budget or trained}):
+        streams, lines = [], {}
+        result[f"r = {budget:g}" + ", as trained" * (budget == trained)] = lines
         own, gpt = models["out_dir"](x, budget=budget, streams=streams)[0], models["gpt_dir"](x)[0]
         tok = streams[-1][0]
         count = sum_per_token((tok >= 0).long(), tok, x.size(1)).double().cpu().numpy()          # (B, T)
@@ -188,8 +189,8 @@ def entropy(models, x, y, s):
             tenth = np.searchsorted(np.quantile(H, np.linspace(0.1, 0.9, 9)), H)
             bins = [bootstrap(lambda c, t: c[t == i].sum() / max(1, (t == i).sum()), 500, count, tenth)
                     for i in range(10)]
-            result.setdefault(f"r = {budget:g}", {})[name] = dict(
-                rho=bootstrap(spearman, 500, count, H), entropy=[H[tenth == i].mean() for i in range(10)], streams=bins)
+            lines[name] = dict(rho=bootstrap(spearman, 500, count, H), streams=bins,
+                               entropy=[H[tenth == i].mean() for i in range(10)])
     return result
 
 
