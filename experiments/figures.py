@@ -212,12 +212,12 @@ def draw_entropy(result, figure, note):
 def decoding(models, x, y, s):
     """{model: {way of reading: loss by position}}, with the half width of the 95 % interval of its difference to the
     teacher-forced one of the rule that the model was trained with."""
-    result, bins = {}, np.array_split(np.arange(x.size(1)), 16)
+    result, bins = {}, np.array_split(np.arange(x.size(1)), 8)
     for folder in ("out_dir", "topk_dir"):
         model = models[folder]
         losses, _ = measure(model, x, y, s.budget)
         losses = {way: np.stack([loss.cpu().numpy()[:, at].mean(1) for at in bins], 1) for way, loss in losses.items()}
-        base = losses[model.config.routing + ", teacher-forced"]                                  # (windows, 16)
+        base = losses[model.config.routing + ", teacher-forced"]                                  # (windows, 8)
         result[f"trained with {model.config.routing}"] = {
             way: dict(position=[at.mean() + 1 for at in bins], loss=loss.mean(0).tolist(), mean=loss.mean(),
                       less=(loss - base).mean(0).tolist(), half=half_width(loss - base)) for way, loss in losses.items()}
@@ -234,7 +234,7 @@ def draw_decoding(result, figure, note):
     styles = dict(zip(next(iter(result.values())), zip([*COLORS, "#56b4e9"], ("-", "--", "-", "--", ":"), "o^sDv")))
     for way, line in next(iter(result.values())).items():
         color, style, marker = styles[way]
-        axes[0].plot(line["position"], line["loss"], style, color=color, label=way)
+        axes[0].plot(line["position"], line["loss"], style, color=color, marker=marker, markersize=4, label=way)
     axes[0].set(xlabel="token of the window", ylabel="loss, nats", title=next(iter(result)))
     for panel, (name, ways) in zip(axes[1:], result.items()):
         for way, line in ways.items():
