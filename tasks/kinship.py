@@ -92,10 +92,12 @@ class Kinship:
 
     def story(self, rng):
         """The words of a story, a list, and for each of its questions the answer and the number of hops."""
-        questions = None
-        while not questions:
+        for _ in range(1000):                                         # four families of five will do
             people, facts, hops = self.tree(rng, self.PERSONS)
-            questions = self.choose(rng, people, hops)
+            if questions := self.choose(rng, people, hops):
+                break
+        else:
+            raise ValueError(f"{self.PERSONS} persons never allow {self.EACH} questions for each of {self.GRADES} hops")
         names = [rng.sample(names, len(names)) for names in self.names]
         woman, name = self.christen(rng, people, names)
         told = [self.tell(rng, fact, woman, name) for fact in facts]
