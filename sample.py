@@ -2,6 +2,7 @@
 Generate text from a trained model: python sample.py --budget 2.0        (every knob: python sample.py --help)
 """
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -58,13 +59,19 @@ def read_prompt(prompt, vocabulary):
 
 
 def encode(prompt, vocabulary, vocab_size):
-    """The tokens of the prompt's bytes, a list (see `decoder`), or a refusal."""
+    """The tokens of the prompt's bytes, a list (see `decoder`), or a refusal. At each place the longest string of the
+    vocabulary is taken; if all of them end in spaces, any white space may stand between words."""
     if vocabulary is None:
         return list(prompt)
     try:
         text = prompt.decode()
+        spaced = bool(vocabulary) and all(word.endswith(" ") for word in vocabulary)
+        text = "".join(word + " " for word in text.split()) if spaced else text
         number = {word: token for token, word in enumerate(vocabulary)}
-        tokens = [number[char] for char in text] if vocabulary else list(map(int, text.split()))
+        longest_first = map(re.escape, sorted(filter(None, number), key=len, reverse=True))
+        pattern = "|".join([*longest_first, r"\S+" if spaced else "."])            # last: what no string matches
+        parts = re.findall(pattern, text, re.DOTALL) if vocabulary else text.split()
+        tokens = [number[part] if vocabulary else int(part) for part in parts]
     except UnicodeDecodeError:
         refuse("--prompt is not UTF-8, which this model's vocabulary needs; save it as UTF-8")
     except KeyError as error:

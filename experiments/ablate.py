@@ -1,5 +1,5 @@
 """
-What makes extra streams pay: python experiments/ablate.py --task lookup        (or lookup-deep, plays, plays-long)
+What makes extra streams pay: python experiments/ablate.py --task lookup        (or lookup-deep, kinship, plays, ...)
 
 Trains every arm with every seed on the same batches, a process for each core, skips what is done already (one JSON file
 a run), and writes experiments/results/ablate_TASK.json, .md and .png: the mean loss of each arm, and its difference to
@@ -26,11 +26,14 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from tasks import Task, by_grade  # noqa: E402
 from tinybubbles import (MIN_SCORE, PADDING, Block, CausalSelfAttention, Fork, Tinybubbles,  # noqa: E402
                          logsumexp_per_token, rotate, sum_per_token)
 from train import knob, read_flags, refuse  # noqa: E402
 
 LOOKUP = "--dataset lookup --block_size 48 --n_head 1 --n_embd 16 --budget 2 --min_lr 5e-4 "
+KINSHIP = ("--dataset kinship --block_size 118 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 16 "
+           "--learning_rate 3e-3 --min_lr 1e-4 --eval_iters 32 --budget 2 ")
 PLAYS = ("--dataset shakespeare --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
          "--learning_rate 4e-3 --eval_iters 100 --budget 2 ")
 GPU = ("--dataset shakespeare --block_size 256 --batch_size 64 --learning_rate 1e-3 --min_lr 1e-4 --max_iters 2000 "
@@ -40,12 +43,13 @@ TASKS = {   # train.py's flags; every arm adds its own
                        "--eval_iters 64",
     "lookup-deep": LOOKUP + "--n_layer 2 --fork_layers 0,1 --max_iters 1500 --batch_size 32 --learning_rate 1e-2 "
                             "--eval_iters 32",
+    "kinship": KINSHIP + "--max_iters 3000",
     "plays": PLAYS + "--max_iters 2000",
     "plays-long": PLAYS + "--max_iters 8000",
     "plays-10m": GPU + "--n_layer 6 --n_head 6 --n_embd 384 --fork_layers 2,4",
     "plays-30m": GPU + "--n_layer 8 --n_head 8 --n_embd 512 --fork_layers 3,5",
 }
-DEEP = {"lookup": 2, "lookup-deep": 4, "plays": 7, "plays-long": 7, "plays-10m": 10, "plays-30m": 13}
+DEEP = {"lookup": 2, "lookup-deep": 4, "kinship": 7, "plays": 7, "plays-long": 7, "plays-10m": 10, "plays-30m": 13}
 
 
 @dataclass
@@ -328,8 +332,9 @@ def run(task, arm, seed, path, more):
                   f"{platform.machine()}, {os.cpu_count()} cores, 1 thread per run")
     if model.config.fork_layers:
         result.update(look(trainer))
-    if isinstance(trainer.data, train.Lookup):
-        result["accuracy_by_m"], result["streams_by_m"] = trainer.data.by_m(model, budget, trainer.device).tolist()
+    if isinstance(trainer.data, Task):
+        rows, grade = by_grade(trainer.data, model, budget, trainer.device).tolist(), trainer.data.maker.GRADE
+        result |= {f"{name}_by_{grade}": row for name, row in zip(("accuracy", "streams"), rows)}
     shutil.rmtree(path.with_suffix(""))
     path.write_text(json.dumps(result) + "\n")
     return result
@@ -358,14 +363,14 @@ def cell(values, sign=""):
 
 
 def mean_of(runs, key, form=".2f"):
-    """The mean over runs of run[key], a number, a list by m, or a list over training (its second half counts)."""
+    """The mean over runs of run[key], a number, a list by grade, or a list over training (its second half counts)."""
     values = [run[key] for run in runs if run.get(key)]
     if key in ("flips", "scorer_gradient"):
         values = [np.mean(value[len(value) // 2:]) for value in values]
     return " ".join(f"{x:{form}}" for x in np.atleast_1d(np.mean(values, 0))) if values else ""
 
 
-COLUMNS = {"right, by m": "accuracy_by_m", "streams": "streams", "of queries, by m": "streams_by_m",
+COLUMNS = {"right, by {}": "accuracy_by_{}", "streams": "streams", "of queries, by {}": "streams_by_{}",
            "P of originals": "P_original", "P of forks": "P_fork", "cosine to original": "cosine",
            "attention to own forks": "attention_to_own_forks"}
 
@@ -379,6 +384,7 @@ one step changes, and the scorers' share of the gradient's norm.""".replace("\n"
 
 def summaries(runs):
     """A dict of table cells for each arm that has runs."""
+    grade = "hops" if "accuracy_by_hops" in runs[0] else "m"
     for arm in ARMS:
         mine = [run for run in runs if run["arm"] == arm]
         if mine:
@@ -386,7 +392,7 @@ def summaries(runs):
             yield {"arm": arm, "seeds": str(len(mine)), "loss": cell([run["val_loss"] for run in mine]),
                    "less the GPT's": cell(less, "+") if less else "",
                    "less bubbles'": cell(less_bubbles, "+") if less_bubbles else "",
-                   **{name: mean_of(mine, key) for name, key in COLUMNS.items()},
+                   **{name.format(grade): mean_of(mine, key.format(grade)) for name, key in COLUMNS.items()},
                    "tokens changed by a step": mean_of(mine, "flips", ".1%"),
                    "scorers' gradient": mean_of(mine, "scorer_gradient", ".1%")}
 

@@ -1,0 +1,170 @@
+"""The task `--dataset kinship`: `python -m pytest tests/test_kinship.py`."""
+import re
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from tasks import Kinship, Task, kinship
+
+FLAGS = "--dataset kinship --block_size 128 --eval_iters 8 --batch_size 16 --device cpu".split()
+
+
+def settings(*flags):
+    return train.read_flags(train.Settings, [*FLAGS, *flags], "")
+
+
+def stories(n):
+    """The first n batches read back as words: for each story its facts [(A, word, C)], its questions [(A, C)], and for
+    each question the answer and the grade."""
+    data = Task(settings())
+    for i in range(n):
+        for row, targets, grades in zip(*data.graded_batch(i)):
+            words = "".join(data.vocabulary[token] for token in row)
+            facts = re.findall(r"(\w+) is the (\w+) of (\w+) \. ", words)
+            questions = re.findall(r"what is (\w+) to (\w+) \? ", words)
+            assert words == "".join(f"{a} is the {word} of {c} . " for a, word, c in facts) + "".join(
+                f"what is {a} to {c} ? " for a, c in questions)
+            asked = targets >= 0
+            assert [data.vocabulary[token] for token in row[asked]] == ["? "] * len(questions)
+            assert (grades[~asked] == -1).all()
+            yield facts, questions, [data.vocabulary[token].strip() for token in targets[asked]], grades[asked]
+
+
+# -- a slow twin that deduces everything from the facts ---------------------------------------------------------------
+
+def closure(facts):
+    """All that follows from facts [(A, word, C)] about immediate relations: sets of pairs (A, C), A the parent (sibling,
+    spouse) of C. In every family here children have two parents, a woman and a man, who are married once."""
+    parent, sibling, spouse = set(), set(), set()
+    for a, word, c in facts:
+        assert (word in ("mother", "daughter", "sister", "wife")) == (a in kinship.WOMEN)
+        if word in ("mother", "father"):
+            parent.add((a, c))
+        elif word in ("daughter", "son"):
+            parent.add((c, a))
+        else:
+            (sibling if word in ("sister", "brother") else spouse).update([(a, c), (c, a)])
+    while True:
+        before = len(parent) + len(sibling) + len(spouse)
+        parent |= {(p, d) for p, c in parent for b, d in sibling if b == c}             # siblings share their parents,
+        parent |= {(q, c) for p, c in parent for o, q in spouse if o == p}              # spouses their children
+        sibling |= {(a, d) for a, b in sibling for c, d in sibling if b == c and a != d}
+        sibling |= {(a, b) for p, a in parent for q, b in parent if p == q and a != b}
+        spouse |= {(p, q) for p, a in parent for q, b in parent if a == b and p != q}   # both parents of one child
+        if before == len(parent) + len(sibling) + len(spouse):
+            assert all((p in kinship.WOMEN) != (q in kinship.WOMEN) for p, q in spouse)
+            return parent, sibling, spouse
+
+
+def then(*steps):
+    """Pairs (A, C) such that A is steps[0] of someone who is steps[1] of ... of C, all of them different persons."""
+    chains = {(a, c) for a, c in steps[0]}
+    for step in steps[1:]:
+        chains = {(*chain, c) for chain in chains for b, c in step if chain[-1] == b and c not in chain}
+    return {(chain[0], chain[-1]) for chain in chains}
+
+
+def deduce(facts):
+    """{(A, C): every word for what A is to C} for all persons of the facts; the names say who is a woman."""
+    parent, sibling, spouse = closure(facts)
+    child = {(c, p) for p, c in parent}
+    aunt = then(sibling, parent) - parent
+    aunt |= then(spouse, aunt) - parent
+    niece = {(c, a) for a, c in aunt}
+    kin = {("mother", "father"): parent, ("daughter", "son"): child, ("sister", "brother"): sibling,
+           ("wife", "husband"): spouse, ("grandmother", "grandfather"): then(parent, parent),
+           ("granddaughter", "grandson"): then(child, child), ("aunt", "uncle"): aunt, ("niece", "nephew"): niece,
+           ("great-grandmother", "great-grandfather"): then(parent, parent, parent),
+           ("great-granddaughter", "great-grandson"): then(child, child, child),
+           ("cousin", "cousin"): then(child, sibling, parent), ("mother-in-law", "father-in-law"): then(parent, spouse),
+           ("daughter-in-law", "son-in-law"): then(spouse, child),
+           ("sister-in-law", "brother-in-law"): then(sibling, spouse) | then(spouse, sibling)}
+    named = defaultdict(set)
+    for (woman, man), pairs in kin.items():
+        for a, c in pairs:
+            named[a, c].add(woman if a in kinship.WOMEN else man)
+    return named
+
+
+def distance(facts, a, c):
+    """Facts on the shortest path between two persons, None if there is no path; and how many such paths there are."""
+    paths, seen, hops = {a: 1}, {a}, 0
+    while c not in paths and paths:
+        reached = defaultdict(int)
+        for x, _, y in facts:
+            for here, there in ((x, y), (y, x)):
+                if there not in seen:
+                    reached[there] += paths.get(here, 0)
+        paths = {person: n for person, n in reached.items() if n}
+        seen |= paths.keys()
+        hops += 1
+    return (hops, paths[c]) if paths else (None, 0)
+
+
+def test_the_slow_twin_knows_a_small_family():
+    facts = [("Ann", "mother", "Bob"), ("Cal", "brother", "Bob"), ("Dan", "son", "Cal"), ("Eva", "wife", "Bob")]
+    named = deduce(facts)
+    assert named["Ann", "Dan"] == {"grandmother"} and named["Eva", "Dan"] == {"aunt"} and named["Dan", "Bob"] == {
+        "nephew"} and named["Cal", "Eva"] == {"brother-in-law"} and named["Ann", "Eva"] == {"mother-in-law"}
+    assert distance(facts, "Dan", "Eva") == (3, 1) and distance(facts, "Ann", "Tom") == (None, 0)
+
+
+def test_every_answer_follows_from_the_storys_own_facts_and_hops_count_them():
+    seen = set()
+    for facts, questions, answers, grades in stories(4):
+        named = deduce(facts)
+        for (a, c), answer, grade in zip(questions, answers, grades):
+            assert named[a, c] == {answer}, (facts, a, c)
+            assert distance(facts, a, c) == (Kinship.GRADES[grade], 1)
+            seen.add(answer)
+    assert len(seen) >= 25                                            # of the 27 words for kin
+
+
+def test_every_story_asks_as_often_for_each_number_of_hops_and_holds_facts_off_the_path():
+    for facts, questions, _, grades in stories(2):
+        assert (np.bincount(grades) == Kinship.EACH).all() and len(set(questions)) == len(questions)
+        family = {person for a, _, c in facts for person in (a, c) if distance(facts, a, questions[0][0])[0] is not None}
+        strangers = {person for a, _, c in facts for person in (a, c)} - family
+        assert len(family) == Kinship.PERSONS and len(strangers) == Kinship.STRANGERS
+        assert len(facts) == Kinship.PERSONS + Kinship.STRANGERS - 2 >= max(Kinship.GRADES) + 4
+
+
+def test_answers_cannot_be_guessed_from_the_hops_and_the_name_asked_for():
+    data = Task(settings("--batch_size", "1000"))
+    idx, targets, grades = data.graded_batch(0)
+    rows, columns = np.nonzero(targets >= 0)
+    asked, answer, grade = idx[rows, columns - 3], targets[rows, columns], grades[rows, columns]
+    woman = np.isin(asked, [data.maker.token[name] for name in data.maker.names[0]])
+    for n in range(len(Kinship.GRADES)):
+        best = sum(np.bincount(answer[(grade == n) & (woman == who)]).max() for who in (False, True))
+        assert best / (grade == n).sum() < 0.25
+
+
+def test_batches_depend_on_the_seed_and_the_step_and_validation_on_neither():
+    data = Task(settings())
+    same = [data.train_batch(np.random.default_rng((0, 7, 0)))[0] for _ in range(2)]
+    assert (same[0] == same[1]).all() and (same[0] != data.train_batch(np.random.default_rng((0, 8, 0)))[0]).any()
+    assert (data.val_batch(3)[0] == Task(settings("--seed", "5")).val_batch(3)[0]).all()
+
+
+def test_no_validation_story_is_trained_on():
+    """A step's seed is (seed, step, number), and NumPy takes (0, 1) for 2 ** 32: small numbers are the ones to try."""
+    data = Task(settings("--batch_size", "1"))
+    small = [(seed, step, number) for seed in (0, 1) for step in range(3) for number in range(3)]
+    train_rows = {data.train_batch(np.random.default_rng(key))[0].tobytes() for key in small}
+    assert len(train_rows) == len(small) and not train_rows & {data.val_batch(i)[0].tobytes() for i in range(9)}
+
+
+def test_a_batch_is_made_in_less_than_the_time_of_a_step():
+    data, times = Task(settings()), []
+    for i in range(10):
+        started = time.process_time()
+        data.val_batch(i)
+        times.append(time.process_time() - started)
+    assert np.median(times) < 0.015
