@@ -3,10 +3,10 @@ import random
 
 import numpy as np
 
-WOMEN = ("Alice Beth Clara Diana Emma Fiona Grace Helen Irene Julia Karen Laura Maria Nina Olivia Paula Rosa Sarah Tina "
-         "Wendy Ann Carol Eva Lucy").split()
-MEN = ("Adam Brian Carl David Eric Frank George Henry Ivan James Kevin Louis Mark Noah Oscar Peter Robert Simon Thomas "
-       "Victor Bob Cal Dan Paul").split()
+WOMEN = ("Ann Eva Alice Beth Clara Diana Emma Fiona Grace Helen Irene Julia Karen Laura Maria Nina Olivia Paula Rosa Sarah "
+         "Tina").split()
+MEN = ("Bob Cal Dan Adam Brian David Eric Frank George Henry Ivan James Kevin Louis Mark Noah Oscar Peter Robert Simon "
+       "Thomas").split()
 STEPS = {"parent": ("mother", "father"), "child": ("daughter", "son"), "sibling": ("sister", "brother"),
          "spouse": ("wife", "husband")}                               # what facts say of a woman, of a man
 BACK = dict(parent="child", child="parent", sibling="sibling", spouse="spouse")
@@ -63,7 +63,7 @@ class Kinship:
     """`Ann is the mother of Bob . Cal is the brother of Bob . ... what is Ann to Cal ?`: facts of one family, which join
     any two of its PERSONS by one path, among facts of STRANGERS, another family's; then questions, EACH for every number
     of hops, the facts on the path. A "?" has the answer as its target. Facts stand in random order, either way round."""
-    PERSONS, STRANGERS, EACH, NAMES = 9, 3, 2, 20                     # NAMES of women, and as many of men
+    PERSONS, STRANGERS, EACH, NAMES = 9, 3, 2, 21                     # NAMES of women, and as many of men
     GENERATIONS, CHILDREN = 4, 3
     GRADE, GRADES = "hops", (2, 3, 4, 5)
     VALIDATION = (0, 0, 0, 0, 1)                                      # no (seed, step, number) begins like this
