@@ -170,7 +170,7 @@ def test_a_batch_is_made_in_less_than_the_time_of_a_step():
     assert np.median(times) < 0.015
 
 
-@pytest.mark.parametrize("flags, part", [("--block_size 117", "--block_size of 118"), ("--n_embd 30", "n_embd")])
+@pytest.mark.parametrize("flags, part", [("--block_size 79", "--block_size of 80"), ("--n_embd 30", "n_embd")])
 def test_bad_settings_are_refused_in_one_sentence(flags, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
