@@ -32,7 +32,7 @@ from tinybubbles import (MIN_SCORE, PADDING, Block, CausalSelfAttention, Fork, T
 from train import knob, read_flags, refuse  # noqa: E402
 
 LOOKUP = "--dataset lookup --block_size 48 --n_head 1 --n_embd 16 --budget 2 --min_lr 5e-4 "
-KINSHIP = ("--dataset kinship --block_size 118 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 16 "
+KINSHIP = ("--dataset kinship --block_size 80 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 16 "
            "--learning_rate 3e-3 --min_lr 1e-4 --eval_iters 32 --budget 2 ")
 PLAYS = ("--dataset shakespeare --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
          "--learning_rate 4e-3 --eval_iters 100 --budget 2 ")

@@ -3,10 +3,10 @@ import random
 
 import numpy as np
 
-WOMEN = ("Alice Beth Clara Diana Emma Fiona Grace Helen Irene Julia Karen Laura Maria Nina Olivia Paula Rosa Sarah Tina "
-         "Wendy Ann Carol Eva Lucy").split()
-MEN = ("Adam Brian Carl David Eric Frank George Henry Ivan James Kevin Louis Mark Noah Oscar Peter Robert Simon Thomas "
-       "Victor Bob Cal Dan Paul").split()
+WOMEN = ("Ann Eva Alice Beth Clara Diana Emma Fiona Grace Helen Irene Julia Karen Laura Maria Nina Olivia Paula Rosa Sarah "
+         "Tina").split()
+MEN = ("Bob Cal Dan Adam Brian David Eric Frank George Henry Ivan James Kevin Louis Mark Noah Oscar Peter Robert Simon "
+       "Thomas").split()
 STEPS = {"parent": ("mother", "father"), "child": ("daughter", "son"), "sibling": ("sister", "brother"),
          "spouse": ("wife", "husband")}                               # what facts say of a woman, of a man
 BACK = dict(parent="child", child="parent", sibling="sibling", spouse="spouse")
@@ -23,7 +23,8 @@ KIN = {   # what a woman or a man is called by whom these steps lead to her or h
     ("daughter-in-law", "son-in-law"): ["child spouse"],
     ("sister-in-law", "brother-in-law"): ["spouse sibling", "sibling spouse"],
 }
-WORDS = ["is", "the", "of", ".", "what", "to", "?", *dict.fromkeys(word for pair in KIN for word in pair)]
+WORDS = [".", "what is", "to", "?", *(f"is the {word} of" for pair in STEPS.values() for word in pair),
+         *dict.fromkeys(word for pair in KIN for word in pair)]       # a token each, as is every name
 
 
 def great_family(generations, children):
@@ -63,7 +64,7 @@ class Kinship:
     """`Ann is the mother of Bob . Cal is the brother of Bob . ... what is Ann to Cal ?`: facts of one family, which join
     any two of its PERSONS by one path, among facts of STRANGERS, another family's; then questions, EACH for every number
     of hops, the facts on the path. A "?" has the answer as its target. Facts stand in random order, either way round."""
-    PERSONS, STRANGERS, EACH, NAMES = 9, 3, 2, 20                     # NAMES of women, and as many of men
+    PERSONS, STRANGERS, EACH, NAMES = 9, 3, 2, 21                     # NAMES of women, and as many of men
     GENERATIONS, CHILDREN = 4, 3
     GRADE, GRADES = "hops", (2, 3, 4, 5)
     VALIDATION = (0, 0, 0, 0, 1)                                      # no (seed, step, number) begins like this
@@ -78,20 +79,20 @@ class Kinship:
         words = [*WORDS, *self.names[0], *self.names[1]]
         self.token, self.vocabulary = {word: i for i, word in enumerate(words)}, [word + " " for word in words]
         self.n_facts = self.PERSONS - 1 + max(0, self.STRANGERS - 1)
-        self.T, self.vocab_size = 7 * self.n_facts + 6 * self.EACH * len(self.GRADES), len(words)
+        self.T, self.vocab_size = 4 * self.n_facts + 5 * self.EACH * len(self.GRADES), len(words)
 
     def make(self, rng, B):
         """idx, targets and grades (B, T)."""
         rng = random.Random(int(rng.integers(2 ** 63)))               # quicker than NumPy's, a number at a time
         stories = [self.story(rng) for _ in range(B)]
         idx = np.array([[self.token[word] for word in words] for words, _ in stories])          # (B, T)
-        targets, grades, start = np.full_like(idx, -1), np.full_like(idx, -1), 7 * self.n_facts + 5
-        targets[:, start::6] = [[self.token[answer] for answer, _ in answers] for _, answers in stories]
-        grades[:, start::6] = [[self.GRADES.index(hops) for _, hops in answers] for _, answers in stories]
+        targets, grades, start = np.full_like(idx, -1), np.full_like(idx, -1), 4 * self.n_facts + 4
+        targets[:, start::5] = [[self.token[answer] for answer, _ in answers] for _, answers in stories]
+        grades[:, start::5] = [[self.GRADES.index(hops) for _, hops in answers] for _, answers in stories]
         return idx, targets, grades
 
     def story(self, rng):
-        """The words of a story, a list, and for each of its questions the answer and the number of hops."""
+        """The tokens of a story, a list, and for each of its questions the answer and the number of hops."""
         for _ in range(1000):                                         # four families of five will do
             people, facts, hops = self.tree(rng, self.PERSONS)
             if questions := self.choose(rng, people, hops):
@@ -108,7 +109,7 @@ class Kinship:
         rng.shuffle(told)
         words = [word for fact in told for word in fact]
         for a, c, *_ in questions:
-            words += ["what", "is", name[a], "to", name[c], "?"]
+            words += ["what is", name[a], "to", name[c], "?"]
         return words, [(kin[not woman[a]], n) for a, c, kin, n in questions]
 
     def tree(self, rng, n):
@@ -156,8 +157,8 @@ class Kinship:
         return woman, name
 
     def tell(self, rng, fact, woman, name):
-        """The seven words of a fact, either way round."""
+        """The four tokens of a fact, either way round."""
         a, step, c = fact
         if rng.random() < 0.5:
             a, step, c = c, BACK[step], a
-        return [name[a], "is", "the", STEPS[step][not woman[a]], "of", name[c], "."]
+        return [name[a], f"is the {STEPS[step][not woman[a]]} of", name[c], "."]

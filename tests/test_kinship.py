@@ -168,3 +168,35 @@ def test_a_batch_is_made_in_less_than_the_time_of_a_step():
         data.val_batch(i)
         times.append(time.process_time() - started)
     assert np.median(times) < 0.015
+
+
+@pytest.mark.parametrize("flags, part", [("--block_size 79", "--block_size of 80"), ("--n_embd 30", "n_embd")])
+def test_bad_settings_are_refused_in_one_sentence(flags, part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        train.main([*FLAGS, *flags.split()])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and part in said
+
+
+def test_too_small_a_family_is_an_error_rather_than_a_wait(monkeypatch):
+    monkeypatch.setattr(Kinship, "PERSONS", 5)
+    with pytest.raises(ValueError, match="5 persons never allow"):
+        Task(settings()).val_batch(0)
+
+
+# -- prompts in words -------------------------------------------------------------------------------------------------
+
+def test_the_longest_string_of_a_vocabulary_is_taken_and_white_space_between_words_does_not_matter():
+    spaced = ["ann ", "annie ", "? "]
+    assert sample.encode(b"annie\n ann?", ["ann", "annie", "\n ", "?"], 4) == [1, 2, 0, 3]
+    assert sample.encode(b"ann  annie\t?", spaced, 3) == [0, 1, 2] == sample.encode(b" ann annie ? ", spaced, 3)
+    assert sample.encode("h\u00e9!".encode(), ["!", "h", "\u00e9"], 3) == [1, 2, 0]
+
+
+@pytest.mark.parametrize("prompt, vocabulary, part", [
+    ("ann is", ["ann "], "'is'"), ("anna", ["ann "], "'anna'"), ("ab", ["a", "bc"], "'b'"), ("a b", ["a", "b"], "' '")])
+def test_what_is_not_in_the_vocabulary_is_named(prompt, vocabulary, part, capsys):
+    with pytest.raises(SystemExit) as end:
+        sample.encode(prompt.encode(), vocabulary, len(vocabulary))
+    assert end.value.code == 2 and f"holds {part}, which is not in" in capsys.readouterr().err
