@@ -68,7 +68,6 @@ class Kinship:
     itself or its reverse, to 5; the other facts distract. A "?" has the answer as its target, which is not told."""
     PERSONS, EACH, NAMES, GENERATIONS, CHILDREN = 7, 2, 12, 4, 3      # NAMES of women, and as many of men
     GRADE, GRADES = "hops", (1, 2, 3, 4, 5)
-    VALIDATION = (0, 0, 0, 0, 1)                                      # no (seed, step, number) begins like this
     FACT, QUESTION = 4, 5                                             # tokens in each
 
     def __init__(self):

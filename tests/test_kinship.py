@@ -156,9 +156,10 @@ def test_batches_depend_on_the_seed_and_the_step_and_validation_on_neither():
     assert (data.val_batch(3)[0] == Task(settings("--seed", "5")).val_batch(3)[0]).all()
 
 
-def test_no_validation_story_is_trained_on():
+@pytest.mark.parametrize("task", ["lookup", "kinship"])
+def test_no_validation_batch_is_trained_on(task):
     """A step's seed is (seed, step, number), and NumPy takes (0, 1) for 2 ** 32: small numbers are the ones to try."""
-    data = Task(settings("--batch_size", "1"))
+    data = Task(settings("--batch_size", "1", "--dataset", task))
     small = [(seed, step, number) for seed in (0, 1) for step in range(3) for number in range(3)]
     train_rows = {data.train_batch(np.random.default_rng(key))[0].tobytes() for key in small}
     assert len(train_rows) == len(small) and not train_rows & {data.val_batch(i)[0].tobytes() for i in range(9)}
