@@ -60,13 +60,13 @@ def read_prompt(prompt, vocabulary):
 
 def encode(prompt, vocabulary, vocab_size):
     """The tokens of the prompt's bytes, a list (see `decoder`), or a refusal. At each place the longest string of the
-    vocabulary is taken; if all of them end in spaces, any white space may stand between words."""
+    vocabulary is taken; if all of them end in spaces, any white space may stand between words, and none before . or ?"""
     if vocabulary is None:
         return list(prompt)
     try:
         text = prompt.decode()
         spaced = bool(vocabulary) and all(word.endswith(" ") for word in vocabulary)
-        text = "".join(word + " " for word in text.split()) if spaced else text
+        text = " ".join(re.sub(r"[.?]", r" \g<0>", text).split() + [""]) if spaced else text
         number = {word: token for token, word in enumerate(vocabulary)}
         longest_first = map(re.escape, sorted(filter(None, number), key=len, reverse=True))
         pattern = "|".join([*longest_first, r"\S+" if spaced else "."])            # last: what no string matches

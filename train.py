@@ -90,7 +90,7 @@ def read_flags(settings_class, argv, description, base=None):
 
 @dataclasses.dataclass
 class Settings:
-    dataset: str = knob("shakespeare", "shakespeare, lookup, kinship, a text's path, or a folder of train.bin and val.bin")
+    dataset: str = knob("shakespeare", "shakespeare, lookup, kinship, a text's path, or a folder of .bin files")
     vocab_size: int = knob(None, "tokens of a folder's vocabulary; default: meta.pkl's", "int", low=1)
     out_dir: str = knob("out", "where ckpt.pt, best.pt, log.csv and loss.png go")
     resume: bool = knob(False, "go on from out_dir's ckpt.pt, with its flags; these may differ: " + ", ".join(FREE))

@@ -32,8 +32,8 @@ from tinybubbles import (MIN_SCORE, PADDING, Block, CausalSelfAttention, Fork, T
 from train import knob, read_flags, refuse  # noqa: E402
 
 LOOKUP = "--dataset lookup --block_size 48 --n_head 1 --n_embd 16 --budget 2 --min_lr 5e-4 "
-KINSHIP = ("--dataset kinship --block_size 118 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 16 "
-           "--learning_rate 3e-3 --min_lr 1e-4 --eval_iters 32 --budget 2 ")
+KINSHIP = ("--dataset kinship --block_size 84 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 32 "
+           "--learning_rate 1e-3 --min_lr 1e-4 --eval_iters 32 --budget 2 ")
 PLAYS = ("--dataset shakespeare --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
          "--learning_rate 4e-3 --eval_iters 100 --budget 2 ")
 GPU = ("--dataset shakespeare --block_size 256 --batch_size 64 --learning_rate 1e-3 --min_lr 1e-4 --max_iters 2000 "
@@ -43,7 +43,7 @@ TASKS = {   # train.py's flags; every arm adds its own
                        "--eval_iters 64",
     "lookup-deep": LOOKUP + "--n_layer 2 --fork_layers 0,1 --max_iters 1500 --batch_size 32 --learning_rate 1e-2 "
                             "--eval_iters 32",
-    "kinship": KINSHIP + "--max_iters 3000",
+    "kinship": KINSHIP + "--max_iters 2500",
     "plays": PLAYS + "--max_iters 2000",
     "plays-long": PLAYS + "--max_iters 8000",
     "plays-10m": GPU + "--n_layer 6 --n_head 6 --n_embd 384 --fork_layers 2,4",

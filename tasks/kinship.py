@@ -1,12 +1,13 @@
-"""Stories of family relations in words, and questions that join two to five of their facts."""
+"""Stories of family relations in words, and questions that join up to five of their facts."""
+import itertools
 import random
 
 import numpy as np
 
-WOMEN = ("Alice Beth Clara Diana Emma Fiona Grace Helen Irene Julia Karen Laura Maria Nina Olivia Paula Rosa Sarah Tina "
-         "Wendy Ann Carol Eva Lucy").split()
-MEN = ("Adam Brian Carl David Eric Frank George Henry Ivan James Kevin Louis Mark Noah Oscar Peter Robert Simon Thomas "
-       "Victor Bob Cal Dan Paul").split()
+WOMEN = ("Ann Eva Alice Beth Clara Diana Emma Fiona Grace Helen Irene Julia Karen Laura Maria Nina Olivia Paula Rosa Sarah "
+         "Tina").split()
+MEN = ("Bob Cal Dan Adam Brian David Eric Frank George Henry Ivan James Kevin Louis Mark Noah Oscar Peter Robert Simon "
+       "Thomas").split()
 STEPS = {"parent": ("mother", "father"), "child": ("daughter", "son"), "sibling": ("sister", "brother"),
          "spouse": ("wife", "husband")}                               # what facts say of a woman, of a man
 BACK = dict(parent="child", child="parent", sibling="sibling", spouse="spouse")
@@ -23,7 +24,8 @@ KIN = {   # what a woman or a man is called by whom these steps lead to her or h
     ("daughter-in-law", "son-in-law"): ["child spouse"],
     ("sister-in-law", "brother-in-law"): ["spouse sibling", "sibling spouse"],
 }
-WORDS = ["is", "the", "of", ".", "what", "to", "?", *dict.fromkeys(word for pair in KIN for word in pair)]
+WORDS = [".", "what is", "to", "?", *(f"is the {word} of" for pair in STEPS.values() for word in pair),
+         *dict.fromkeys(word for pair in KIN for word in pair)]       # a token each, as is every name
 
 
 def great_family(generations, children):
@@ -60,13 +62,13 @@ def walk(people, start, steps):
 
 
 class Kinship:
-    """`Ann is the mother of Bob . Cal is the brother of Bob . ... what is Ann to Cal ?`: facts of one family, which join
-    any two of its PERSONS by one path, among facts of STRANGERS, another family's; then questions, EACH for every number
-    of hops, the facts on the path. A "?" has the answer as its target. Facts stand in random order, either way round."""
-    PERSONS, STRANGERS, EACH, NAMES = 9, 3, 2, 20                     # NAMES of women, and as many of men
-    GENERATIONS, CHILDREN = 4, 3
-    GRADE, GRADES = "hops", (2, 3, 4, 5)
-    VALIDATION = (0, 0, 0, 0, 1)                                      # no (seed, step, number) begins like this
+    """`Ann is the mother of Bob . what is Bob to Ann ? Cal is the brother of Bob . what is Ann to Cal ? ...`: a family
+    of PERSONS, told fact by fact, each of one new person, in random order and either way round; after every fact EACH
+    questions about those known by then. Their hops are the facts on the only path between the two persons: 1, a fact
+    itself or its reverse, to 5; the other facts distract. A "?" has the answer as its target, which is not told."""
+    PERSONS, EACH, NAMES, GENERATIONS, CHILDREN = 7, 2, 12, 4, 3      # NAMES of women, and as many of men
+    GRADE, GRADES = "hops", (1, 2, 3, 4, 5)
+    FACT, QUESTION = 4, 5                                             # tokens in each
 
     def __init__(self):
         people = great_family(self.GENERATIONS, self.CHILDREN)
@@ -77,77 +79,54 @@ class Kinship:
         self.names = WOMEN[:self.NAMES], MEN[:self.NAMES]
         words = [*WORDS, *self.names[0], *self.names[1]]
         self.token, self.vocabulary = {word: i for i, word in enumerate(words)}, [word + " " for word in words]
-        self.n_facts = self.PERSONS - 1 + max(0, self.STRANGERS - 1)
-        self.T, self.vocab_size = 7 * self.n_facts + 6 * self.EACH * len(self.GRADES), len(words)
+        self.T, self.vocab_size = (self.PERSONS - 1) * (self.FACT + self.EACH * self.QUESTION), len(words)
 
     def make(self, rng, B):
         """idx, targets and grades (B, T)."""
         rng = random.Random(int(rng.integers(2 ** 63)))               # quicker than NumPy's, a number at a time
-        stories = [self.story(rng) for _ in range(B)]
-        idx = np.array([[self.token[word] for word in words] for words, _ in stories])          # (B, T)
-        targets, grades, start = np.full_like(idx, -1), np.full_like(idx, -1), 7 * self.n_facts + 5
-        targets[:, start::6] = [[self.token[answer] for answer, _ in answers] for _, answers in stories]
-        grades[:, start::6] = [[self.GRADES.index(hops) for _, hops in answers] for _, answers in stories]
-        return idx, targets, grades
+        rows = [zip(*self.story(rng)) for _ in range(B)]
+        return tuple(map(np.array, zip(*rows)))
 
     def story(self, rng):
-        """The words of a story, a list, and for each of its questions the answer and the number of hops."""
-        for _ in range(1000):                                         # four families of five will do
-            people, facts, hops = self.tree(rng, self.PERSONS)
-            if questions := self.choose(rng, people, hops):
-                break
-        else:
-            raise ValueError(f"{self.PERSONS} persons never allow {self.EACH} questions for each of {self.GRADES} hops")
-        names = [rng.sample(names, len(names)) for names in self.names]
-        woman, name = self.christen(rng, people, names)
-        told = [self.tell(rng, fact, woman, name) for fact in facts]
-        if self.STRANGERS > 1:
-            people, facts, _ = self.tree(rng, self.STRANGERS)
-            strangers = self.christen(rng, people, names)
-            told += [self.tell(rng, fact, *strangers) for fact in facts]
-        rng.shuffle(told)
-        words = [word for fact in told for word in fact]
-        for a, c, *_ in questions:
-            words += ["what", "is", name[a], "to", name[c], "?"]
-        return words, [(kin[not woman[a]], n) for a, c, kin, n in questions]
+        """A story as T triples: token, target, grade."""
+        people, facts, hops = self.tree(rng, self.PERSONS)
+        woman, name = self.christen(rng, people)
+        story, pairs = [], {}
+        for known, fact in enumerate(facts, 2):
+            story += [(self.token[word], -1, -1) for word in self.tell(rng, fact, woman, name)]
+            for a, c in itertools.product(people[:known], repeat=2):
+                n, kin = hops[c][a], self.kin[c].get(a)
+                if people[known - 1] in (a, c) and n in self.GRADES and kin:
+                    pairs.setdefault(n, {}).setdefault(kin, []).append((a, c))
+            for _ in range(self.EACH):
+                n = rng.choices(list(pairs), list(pairs))[0]          # many hops more often: few pairs have them
+                kin = rng.choice(list(pairs[n]))
+                a, c = rng.choice(pairs[n][kin])
+                asked = [self.token[word] for word in ("what is", name[a], "to", name[c])]
+                story += [(token, -1, -1) for token in asked]
+                story.append((self.token["?"], self.token[kin[not woman[a]]], self.GRADES.index(n)))
+        return story
 
     def tree(self, rng, n):
-        """n persons who are related, a list; n - 1 facts (person, step from the second to the first, person), which
-        join them as a tree; and the hops between any two (by their places in the list), (n, n)."""
-        people, facts, hops = [rng.randrange(len(self.near))], [], [[0]]
+        """n persons who are related, a list; n - 1 facts (person, step from the second to the first, person), each of
+        one person more, in the list's order; and the hops between any two, a dict of dicts."""
+        people, facts = [rng.randrange(len(self.near))], []
+        hops = {people[0]: {people[0]: 0}}
         while len(people) < n:
-            i = rng.randrange(len(people))
-            person, step = rng.choice(self.near[people[i]])
-            if person not in people:
-                facts.append((person, step, people[i]))
+            old = rng.choice(people)
+            person, step = rng.choice(self.near[old])
+            if person not in hops:
+                facts.append((person, step, old))
                 people.append(person)
-                row = [1 + h for h in hops[i]]
-                hops = [old + [h] for old, h in zip(hops, row)] + [row + [0]]
+                hops[person] = {other: far + 1 for other, far in hops[old].items()}
+                for other, far in hops[person].items():
+                    hops[other][person] = far
+                hops[person][person] = 0
         return people, facts, hops
 
-    def choose(self, rng, people, hops):
-        """Questions (a, c, what a is to c, hops) in random order, EACH for every number of hops; kinds of kin as equally
-        often as they can. None if the family has too few."""
-        pairs = {n: {} for n in self.GRADES}
-        for c, row in zip(people, hops):
-            for a, n in zip(people, row):
-                if n in pairs and a in self.kin[c]:
-                    pairs[n].setdefault(self.kin[c][a], []).append((a, c))
-        questions = []
-        for n, kinds in pairs.items():
-            if sum(map(len, kinds.values())) < self.EACH:
-                return None
-            for _ in range(self.EACH):
-                kin = rng.choice(list(kinds))
-                a, c = kinds[kin].pop(rng.randrange(len(kinds[kin])))
-                questions.append((a, c, kin, n))
-                if not kinds[kin]:
-                    del kinds[kin]
-        rng.shuffle(questions)
-        return questions
-
-    def christen(self, rng, people, names):
-        """For each person whether she is a woman, and a name taken from `names`, (women's, men's). Spouses differ."""
+    def christen(self, rng, people):
+        """For each person whether she is a woman, and a name of her own. Spouses differ."""
+        names = [rng.sample(names, len(names)) for names in self.names]
         woman, name = {}, {}
         for person in people:
             spouse = [woman[other] for other in self.spouse[person] if other in woman]
@@ -156,8 +135,8 @@ class Kinship:
         return woman, name
 
     def tell(self, rng, fact, woman, name):
-        """The seven words of a fact, either way round."""
+        """The words of a fact, either way round."""
         a, step, c = fact
         if rng.random() < 0.5:
             a, step, c = c, BACK[step], a
-        return [name[a], "is", "the", STEPS[step][not woman[a]], "of", name[c], "."]
+        return [name[a], f"is the {STEPS[step][not woman[a]]} of", name[c], "."]

@@ -7,7 +7,7 @@ class Lookup:
     of m = 1..4 slots, and its target is one token that says their values in that order: it must fetch m things at once.
     One token is a slot with its value. Vocabulary: answers, slots with values, queries (LISTS for each m)."""
     SLOTS, VALUES, LISTS, QUERIES, LONGEST = 16, 3, 4, 32, 4
-    GRADE, VALIDATION, vocabulary = "m", (2 ** 32,), []
+    GRADE, vocabulary = "m", []
 
     def __init__(self):
         self.T, self.GRADES = self.SLOTS + self.QUERIES, range(1, self.LONGEST + 1)

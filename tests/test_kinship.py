@@ -2,7 +2,6 @@
 import re
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 import sample
 import train
-from tasks import Kinship, Task, kinship
+from tasks import Kinship, Task, by_grade, kinship
 
 FLAGS = "--dataset kinship --block_size 128 --eval_iters 8 --batch_size 16 --device cpu".split()
 
@@ -20,27 +19,32 @@ def settings(*flags):
 
 
 def stories(n):
-    """The first n batches read back as words: for each story its facts [(A, word, C)], its questions [(A, C)], and for
-    each question the answer and the grade."""
+    """The first n batches read back as words: for each question of each story the facts told before it [(A, word, C)],
+    its two names, the answer and the number of hops."""
     data = Task(settings())
     for i in range(n):
         for row, targets, grades in zip(*data.graded_batch(i)):
-            words = "".join(data.vocabulary[token] for token in row)
-            facts = re.findall(r"(\w+) is the (\w+) of (\w+) \. ", words)
-            questions = re.findall(r"what is (\w+) to (\w+) \? ", words)
-            assert words == "".join(f"{a} is the {word} of {c} . " for a, word, c in facts) + "".join(
-                f"what is {a} to {c} ? " for a, c in questions)
+            facts, words = [], "".join(data.vocabulary[token] for token in row)
             asked = targets >= 0
-            assert [data.vocabulary[token] for token in row[asked]] == ["? "] * len(questions)
+            assert [data.vocabulary[token] for token in row[asked]] == ["? "] * words.count("?")
             assert (grades[~asked] == -1).all()
-            yield facts, questions, [data.vocabulary[token].strip() for token in targets[asked]], grades[asked]
+            answers = zip(targets[asked], grades[asked])
+            sentences = re.findall(r"(\w+) is the (\w+) of (\w+) \. |what is (\w+) to (\w+) \? ", words)
+            assert words == "".join(f"{a} is the {word} of {b} . " if word else f"what is {x} to {y} ? "
+                                    for a, word, b, x, y in sentences)
+            for a, word, b, x, y in sentences:
+                if word:
+                    facts.append((a, word, b))
+                else:
+                    answer, grade = next(answers)
+                    yield tuple(facts), x, y, data.vocabulary[answer].strip(), Kinship.GRADES[grade]
 
 
 # -- a slow twin that deduces everything from the facts ---------------------------------------------------------------
 
 def closure(facts):
-    """All that follows from facts [(A, word, C)] about immediate relations: sets of pairs (A, C), A the parent (sibling,
-    spouse) of C. In every family here children have two parents, a woman and a man, who are married once."""
+    """All that follows from facts [(A, word, C)] about immediate relations: sets of pairs (A, C), A the parent of C, or
+    sibling, or spouse. In every family here children have two parents, a woman and a man, who are married once."""
     parent, sibling, spouse = set(), set(), set()
     for a, word, c in facts:
         assert (word in ("mother", "daughter", "sister", "wife")) == (a in kinship.WOMEN)
@@ -115,24 +119,23 @@ def test_the_slow_twin_knows_a_small_family():
     assert distance(facts, "Dan", "Eva") == (3, 1) and distance(facts, "Ann", "Tom") == (None, 0)
 
 
-def test_every_answer_follows_from_the_storys_own_facts_and_hops_count_them():
+def test_every_answer_follows_from_the_facts_told_before_it_and_hops_count_them():
     seen = set()
-    for facts, questions, answers, grades in stories(4):
-        named = deduce(facts)
-        for (a, c), answer, grade in zip(questions, answers, grades):
-            assert named[a, c] == {answer}, (facts, a, c)
-            assert distance(facts, a, c) == (Kinship.GRADES[grade], 1)
-            seen.add(answer)
-    assert len(seen) >= 25                                            # of the 27 words for kin
+    for facts, a, c, answer, hops in stories(4):
+        assert deduce(facts)[a, c] == {answer}, (facts, a, c)
+        assert distance(facts, a, c) == (hops, 1)
+        seen.add((answer, hops))
+    assert len({answer for answer, _ in seen}) >= 25 and len(seen) >= 60          # of the 27 words for kin
 
 
-def test_every_story_asks_as_often_for_each_number_of_hops_and_holds_facts_off_the_path():
-    for facts, questions, _, grades in stories(2):
-        assert (np.bincount(grades) == Kinship.EACH).all() and len(set(questions)) == len(questions)
-        family = {person for a, _, c in facts for person in (a, c) if distance(facts, a, questions[0][0])[0] is not None}
-        strangers = {person for a, _, c in facts for person in (a, c)} - family
-        assert len(family) == Kinship.PERSONS and len(strangers) == Kinship.STRANGERS
-        assert len(facts) == Kinship.PERSONS + Kinship.STRANGERS - 2 >= max(Kinship.GRADES) + 4
+def test_facts_tell_of_one_person_more_each_and_hops_of_all_numbers_are_asked():
+    people, hops_asked = {}, []
+    for facts, a, c, _, hops in stories(4):
+        people[facts] = {person for x, _, y in facts for person in (x, y)}
+        assert len(people[facts]) == len(facts) + 1 and a != c
+        hops_asked.append(hops)
+    count = np.bincount(hops_asked)[1:]
+    assert len(count) == 5 and count.min() > 0.02 * count.sum() and max(map(len, people)) == Kinship.PERSONS - 1
 
 
 def test_answers_cannot_be_guessed_from_the_hops_and_the_name_asked_for():
@@ -143,7 +146,7 @@ def test_answers_cannot_be_guessed_from_the_hops_and_the_name_asked_for():
     woman = np.isin(asked, [data.maker.token[name] for name in data.maker.names[0]])
     for n in range(len(Kinship.GRADES)):
         best = sum(np.bincount(answer[(grade == n) & (woman == who)]).max() for who in (False, True))
-        assert best / (grade == n).sum() < 0.25
+        assert best / (grade == n).sum() < 0.36
 
 
 def test_batches_depend_on_the_seed_and_the_step_and_validation_on_neither():
@@ -153,9 +156,10 @@ def test_batches_depend_on_the_seed_and_the_step_and_validation_on_neither():
     assert (data.val_batch(3)[0] == Task(settings("--seed", "5")).val_batch(3)[0]).all()
 
 
-def test_no_validation_story_is_trained_on():
+@pytest.mark.parametrize("task", ["lookup", "kinship"])
+def test_no_validation_batch_is_trained_on(task):
     """A step's seed is (seed, step, number), and NumPy takes (0, 1) for 2 ** 32: small numbers are the ones to try."""
-    data = Task(settings("--batch_size", "1"))
+    data = Task(settings("--batch_size", "1", "--dataset", task))
     small = [(seed, step, number) for seed in (0, 1) for step in range(3) for number in range(3)]
     train_rows = {data.train_batch(np.random.default_rng(key))[0].tobytes() for key in small}
     assert len(train_rows) == len(small) and not train_rows & {data.val_batch(i)[0].tobytes() for i in range(9)}
@@ -168,3 +172,44 @@ def test_a_batch_is_made_in_less_than_the_time_of_a_step():
         data.val_batch(i)
         times.append(time.process_time() - started)
     assert np.median(times) < 0.015
+
+
+@pytest.mark.parametrize("flags, part", [("--block_size 83", "--block_size of 84"), ("--n_embd 30", "n_embd")])
+def test_bad_settings_are_refused_in_one_sentence(flags, part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        train.main([*FLAGS, *flags.split()])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and part in said
+
+
+# -- prompts in words -------------------------------------------------------------------------------------------------
+
+def test_the_longest_string_of_a_vocabulary_is_taken_and_white_space_between_words_does_not_matter():
+    spaced = ["ann ", "annie ", "? "]
+    assert sample.encode(b"annie\n ann?", ["ann", "annie", "\n ", "?"], 4) == [1, 2, 0, 3]
+    assert sample.encode(b"ann  annie\t?", spaced, 3) == [0, 1, 2] == sample.encode(b"ann annie?", spaced, 3)
+    assert [0, 1, 2] == sample.encode(b" ann annie ? ", spaced, 3)
+    assert sample.encode("h\u00e9!".encode(), ["!", "h", "\u00e9"], 3) == [1, 2, 0]
+
+
+@pytest.mark.parametrize("prompt, vocabulary, part", [
+    ("ann is", ["ann "], "'is'"), ("anna", ["ann "], "'anna'"), ("ab", ["a", "bc"], "'b'"), ("a b", ["a", "b"], "' '")])
+def test_what_is_not_in_the_vocabulary_is_named(prompt, vocabulary, part, capsys):
+    with pytest.raises(SystemExit) as end:
+        sample.encode(prompt.encode(), vocabulary, len(vocabulary))
+    assert end.value.code == 2 and f"holds {part}, which is not in" in capsys.readouterr().err
+
+
+def test_a_run_reports_by_hops_and_the_sampler_answers_in_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    trainer = train.Trainer(settings(*"--n_layer 2 --n_head 2 --n_embd 16 --fork_layers 0,1 --max_iters 2".split()))
+    trainer.fit()
+    said = capsys.readouterr().out.split("validation loss")[-1]
+    for name, row in zip(("accuracy", "streams"), by_grade(trainer.data, trainer.model.eval(), 2.0, trainer.device)):
+        printed = re.search(rf"^{name} +of questions with hops = 1, 2, 3, 4, 5   (.*)$", said, flags=re.M).group(1)
+        assert [float(x) for x in printed.split()] == [round(x, 3) for x in row]
+    prompt = "Ann is the mother of Bob . Bob is the father of Cal . what is Ann to Cal ?"
+    sample.main(["--prompt", prompt, "--max_new_tokens", "1", "--temperature", "0", "--device", "cpu"])
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(prompt + " ") and line[len(prompt) + 1:] in trainer.data.vocabulary
