@@ -236,7 +236,7 @@ class RandomFork(Fork):
         place = i - torch.where(first, i, 0).cummax(1).values                        # (B, N), of a stream in its token
         token = tok.clamp(min=0) + self.start                                        # (B, N)
         key = mix(mix(1024 * self.seed + self.layer) + token & 0xFFFFFFFF)           # (B, N)
-        fork, keep = ((mix(key + 2 * place + slot & 0xFFFFFFFF) >> 8).float() for slot in (0, 1))   # 24 bits: exact
+        fork, keep = ((mix(key + 2 * place + slot & 0xFFFFFFFF) >> 8) / 2**24 for slot in (0, 1))   # 0 to 1, exact
         return super().ranking(fork, keep, original, tok)
 
 

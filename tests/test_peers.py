@@ -212,11 +212,13 @@ def test_initialisation_is_gpt2s(rival):
 
 
 @every_rival
-def test_dropout_acts_in_training_only(rival):
-    model, idx = rival_model(rival, dropout=0.5), tokens(0)
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
+def test_dropout_acts_in_training_only_and_on_the_embeddings_too(rival):
+    model, idx, read = rival_model(rival, dropout=0.5), tokens(0), []
+    model.blocks[0].register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    for training in (False, True):
+        losses = {model.train(training)(idx, idx)[1].item() for _ in range(2)}
+        assert len(losses) == 1 + training
+        assert 0.35 < (read[-1] == 0).float().mean() < 0.65 if training else (read[-1] != 0).all()
 
 
 @every_rival
@@ -324,7 +326,7 @@ def control_model(control, seed=0, **changes):
 @every_control
 def test_a_control_decodes_from_a_cache_and_a_later_token_changes_no_earlier_logit(control):
     rng = random.Random(control)
-    for budget in (1, 1.25, 1.5, 2, 2.7, 4):
+    for budget in (1, 1.5, 2.7, 4):
         model, idx = control_model(control, fork_layers=(0, 1, 3)), tokens(0, B=3, T=rng.randint(12, 24))
         full = model(idx, budget=budget)[0]
         for chunks in (split(rng, idx.size(1)), [(t, t + 1) for t in range(idx.size(1))]):
@@ -347,7 +349,7 @@ def count_random(layers, T, budget, seed):
         for t in range(T):
             key = mix((mix(1024 * seed + layer) + t) % 2**32)
             for slot in range(2 * counts[t] - 1):                     # without the last: the original, kept
-                extras.append((mix((key + slot) % 2**32) >> 8, len(owner), t))
+                extras.append(((mix((key + slot) % 2**32) >> 8) / 2**24, len(owner), t))
                 owner.append(t)
         chosen = oracle_choose(extras, T, budget, "causal")
         counts = [1 + sum(owner[slot] == t for slot in chosen) for t in range(T)]
@@ -372,7 +374,7 @@ def test_random_choices_are_as_likely_for_all_candidates():
     fork = peers.random_selection(model).forks["1"]
     fork.start, zeros = 0, torch.zeros(tok.shape)
     score = fork.ranking(zeros, zeros, zeros > 0, tok).view(3000, 4)
-    assert np.allclose(score.mean(0), 2**23, rtol=0.05) and len(score.unique()) > 11_900
+    assert score.dtype == torch.float32 and np.allclose(score.mean(0), 0.5, rtol=0.05) and len(score.unique()) > 11_900
     assert np.abs(np.corrcoef(score.T.numpy()) - np.eye(4)).max() < 0.1
     later = score[:-1, 0], score[1:, 0]
     assert abs(np.corrcoef(*later)[0, 1]) < 0.1
