@@ -121,15 +121,17 @@ class RecurrentDepth(Tinybubbles):
         (r, start), drawn = begin(self, idx, budget, routing, cache), self.training and targets is not None
         if drawn:
             r = self.draw(r)
-        if self.exit_kl is None or drawn:
-            h, count = self.read(idx, r, start, cache, drawn), torch.full_like(idx, r)
-        else:
-            cache = self.new_cache() if cache is None else cache
-            parts = [self.read_until_settled(token, r, cache) for token in idx.split(1, 1)]
-            h, count = (torch.cat(part, 1) for part in zip(*parts))
-        if streams is not None:
-            streams.append(positions_run(count, start, r))
-        return predict(h, self.wte.weight, targets)
+        exits = self.exit_kl is not None and not drawn
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not exits):
+            if exits:
+                cache = self.new_cache() if cache is None else cache
+                parts = [self.read_until_settled(token, r, cache) for token in idx.split(1, 1)]
+                h, count = (torch.cat(part, 1) for part in zip(*parts))
+            else:
+                h, count = self.read(idx, r, start, cache, drawn), torch.full_like(idx, r)
+            if streams is not None:
+                streams.append(positions_run(count, start, r))
+            return predict(h, self.wte.weight, targets)
 
     def draw(self, mean):
         """r = Poisson(exp(tau)) + 1, tau ~ Normal(log(mean) - 1/8, 1/2), (section 3.3): its mean is `mean` + 1."""
@@ -147,7 +149,6 @@ class RecurrentDepth(Tinybubbles):
         self.fill(r, append, cache, idx.size(1))
         return self.coda(s, rotation, append)
 
-    @torch.no_grad()
     def read_until_settled(self, idx, r, cache):
         """The final states (B, 1, D) of one token a row, idx (B, 1), and the iterations it took (B, 1), at most r."""
         e, rotation, append = self.prelude(idx, cache.length, cache)
@@ -226,6 +227,7 @@ class RecurrentDepth(Tinybubbles):
 # -- PonderLM ---------------------------------------------------------------------------------------------------------
 
 LOWEST_W = math.log(1e-4)    # a latent slot whose log w is lower is not run
+SETTLED = 1e-6               # entries of states, of about 1, that change less than this do not change
 
 
 class PonderLM2(Tinybubbles):
@@ -235,10 +237,11 @@ class PonderLM2(Tinybubbles):
 
     In training mode, with targets, all tokens at once, by Jacobi iteration (section 3.2): states of the embeddings
     alone, then J sweeps, each over all slots with the states of the sweep before, then one more that predicts; J is
-    drawn from `sweeps`; the gradient goes through all. Otherwise slot after slot through a cache, which is what J = T
-    sweeps give, with no gradient; at 64 to 256 tokens that is faster than sweeping until nothing changes.
+    drawn from `sweeps`; the gradient goes through all. Otherwise exact, and with no gradient: with a cache slot after
+    slot; with none by sweeps until nothing changes, T at most: 4 at T = 64, after 100 steps of 4 blocks of 64 on the
+    plays, in a fifth of the time that slot after slot took.
 
-    The methods serve PonderLM-3 too, which is PonderLM-2 at K = 1 and s = (0, 1)."""
+    Most methods serve PonderLM-3 too: this is PonderLM-3 at K = 1 with s = (0, 1), w = (1, 1)."""
 
     def __init__(self, config):
         super().__init__(replace(config, fork_layers=()))
@@ -271,13 +274,15 @@ class PonderLM2(Tinybubbles):
     def forward(self, idx, targets=None, *, budget=None, routing=None, cache=None, streams=None):
         """As Tinybubbles.forward; budget: positions of a token."""
         budget, start = begin(self, idx, budget, routing, cache)
-        K, x = self.latents(budget), self.drop(self.wte(idx) * math.sqrt(self.config.n_embd))
-        if self.training and targets is not None:
-            h, log_w = self.sweep(x, K, self.sweeps[int(torch.randint(len(self.sweeps), ()))])
-            count, result = torch.full_like(idx, K + 1), self.training_loss(h, log_w, targets)
-        else:
-            h, count = self.read(x, K, start, self.new_cache() if cache is None else cache)
-            result = predict(h, self.wte.weight, targets)
+        K, learns = self.latents(budget), self.training and targets is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            x = self.drop(self.wte(idx) * math.sqrt(self.config.n_embd))             # (B, T, D)
+            if learns:
+                h, log_w = self.sweep(x, K, self.sweeps[int(torch.randint(len(self.sweeps), ()))])
+                count, result = torch.full_like(idx, K + 1), self.training_loss(h, log_w, targets)
+            else:
+                h, count = self.read_all(x, K) if cache is None else self.read(x, K, start, cache)
+                result = predict(h, self.wte.weight, targets)
         if streams is not None:
             streams.append(positions_run(count, start, K + 1))
         return result
@@ -291,8 +296,14 @@ class PonderLM2(Tinybubbles):
         tok = torch.arange(T, device=device).unsqueeze(0)
         return rotary(tok, T, start, self.config.n_embd // self.config.n_head)
 
-    def sweep(self, emb, K, sweeps):
-        """Jacobi iteration over tokens' scaled embeddings emb (B, T, D): what predicts (B, T, D), and log w."""
+    def read_all(self, emb, K):
+        """With no cache: what predicts after each token of emb (B, T, D), and the slots it ran (B, T)."""
+        h, _ = self.sweep(emb, K, K * emb.size(1), SETTLED)
+        return h, torch.full(emb.shape[:2], K + 1, device=emb.device)
+
+    def sweep(self, emb, K, sweeps, settled=None):
+        """Jacobi iteration over tokens' scaled embeddings emb (B, T, D): what predicts (B, T, D), and log w. It ends
+        early when no state changes by `settled`, if that is given."""
         (B, T, D), rotation = emb.shape, self.rotation(emb.size(1), 0, emb.device)
         h = self.hidden(emb, rotation, emb.new_zeros(B, T)).unsqueeze(2)             # (B, T, 1, D)
         z, (s, log_w) = h.repeat(1, 1, K, 1), self.gates(h[:, :, 0], K)              # (B, T, K, D)
@@ -300,10 +311,11 @@ class PonderLM2(Tinybubbles):
         for _ in range(sweeps + 1):
             x = torch.cat((emb.unsqueeze(2), z), 2).flatten(1, 2)                    # (B, N, D)
             h = self.hidden(x, rotation, log_w.flatten(1)).view(B, T, K + 1, D)
-            z, (s, log_w) = h[:, :, :-1], self.gates(h[:, :, 0], K)                  # slot k feeds slot k + 1
+            fed, z, (s, log_w) = z, h[:, :, :-1], self.gates(h[:, :, 0], K)          # slot k feeds slot k + 1
+            if settled is not None and (z - fed).abs().max() < settled:
+                break
         return (s.unsqueeze(-1) * h).sum(2), log_w
 
-    @torch.no_grad()
     def read(self, emb, K, start, cache):
         """Slot after slot: what predicts after each token of emb (B, T, D), and the slots it ran (B, T)."""
         cos, sin = self.rotation(emb.size(1), start, emb.device)
@@ -366,7 +378,8 @@ class PonderLM3(PonderLM2):
     to every attention logit of slot k's key, in the score channel, which slot 0 (w = 1) gives up too; the head reads
     sum_k s_k h_k. A reader stops at the last slot with w >= 1e-4: later ones are neither run nor cached. Training runs
     all K, by the Jacobi iteration of PonderLM-2: all latent slots of a token start as the state of its embedding, and
-    log w is the last sweep's, so that K T sweeps, rather than T, would be exact.
+    log w is the last sweep's, so that K T sweeps, rather than T, would be exact. Otherwise slot after slot, with or
+    without a cache: sweeps until nothing changes were 38 there, at K = 3, and took twice the time.
 
     K + 1 is config.budget; a lower budget takes the first slots, s being the softmax over these. penalty: training adds
     that times the mean of w_1 + ... + w_K, the mean number of latent slots; our reading, its form is not published."""
@@ -392,6 +405,9 @@ class PonderLM3(PonderLM2):
     def channel(self, log_w):
         root = math.sqrt(self.config.n_embd // self.config.n_head)                   # attention divides by it
         return torch.stack((torch.ones_like(log_w), root * log_w)).unsqueeze(2)      # (2, B, 1, N)
+
+    def read_all(self, emb, K):
+        return self.read(emb, K, 0, self.new_cache())
 
     def training_loss(self, h, log_w, targets):
         _, loss = predict(h, self.wte.weight, targets)
