@@ -148,7 +148,8 @@ def test_flops_of_decoding_are_those_that_torch_counts(arm):
 @pytest.mark.parametrize("form", ["ours", "paper"])
 def test_flops_of_a_token_follow_from_its_streams(form):
     torch.manual_seed(0)
-    m, cache, total = Tinybubbles(Config(block_size=16, n_layer=3, n_head=2, n_embd=16, form=form)), Cache(), 0
+    m = Tinybubbles(Config(block_size=16, n_layer=3, n_head=2, n_embd=16, fork_layers=(1, 2), form=form))
+    cache, total = Cache(), 0
     idx, held = torch.randint(256, (1, 16)), np.zeros(3, dtype=int)
     with torch.no_grad():
         for token in idx.split(1, 1):
