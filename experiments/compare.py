@@ -337,7 +337,7 @@ def arm_rows(runs, flops, times):
         gaps = [run["dials"][own]["autoregressive"] - run["dials"][own]["teacher_forced"] for run in mine]
         yield {"arm": arm, "parameters": f"{one['parameters']:,}", "dial": own, "seeds": str(len(mine)),
                "loss (lowest to highest)": spread([run["val_loss"] for run in mine]),
-               "less the GPT's": ablate.cell(less, "+") if less else "", "less teacher-forced": f"{np.mean(gaps):+.0e}",
+               "less the GPT's": ablate.cell(less, "+") if less else "", "less teacher-forced": f"{np.mean(gaps):+.1e}",
                "training MFLOPs": f"{flops[arm]['train'] / 1e6:.3g}",
                "inference MFLOPs": f"{flops[arm]['inference'][own]['counted'] / 1e6:.3g}",
                "training step, times GPT's": f"{times[arm]['step_ratio']:.2f}",
@@ -392,9 +392,9 @@ def note(s):
 def draw(points, title, path):
     """Loss against FLOPs per generated token, a curve for each arm or family over its dial."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
     figure = Figure(figsize=(11, 6.5), layout="constrained", facecolor="white")
-    axes, own = figure.subplots(), [p["loss"] for p in points if p["dial"] == ARMS[p["arm"]].dials[0]]
+    axes, costs = figure.subplots(), [p["flops"] / 1e6 for p in points]
+    own = [max(p["autoregressive"]) for p in points if p["dial"] == ARMS[p["arm"]].dials[0]]
     for curve, (color, style) in CURVES.items():
         mine = sorted((p for p in points if ARMS[p["arm"]].curve == curve), key=lambda p: p["flops"])
         if mine:
@@ -406,15 +406,17 @@ def draw(points, title, path):
     axes.step(*zip(*front), "o:", where="post", color="#666666", markerfacecolor="none", markersize=15, zorder=0,
               label="Pareto front")
     low, high = min(min(p["autoregressive"]) for p in points), max(own)
-    top = high + 0.35 * (high - low) + 0.01                           # a dial turned too far would flatten the rest
+    top = high + 0.2 * (high - low) + 0.01                            # a dial turned too far would flatten the rest
     above = sum(p["loss"] > top for p in points)
     title += f" ({above} points lie above the frame: see the table)" * (above > 0)
     axes.set(xscale="log", ylim=(low - 0.05 * (top - low), top), title=title,
              xlabel="MFLOPs per generated token (a multiply and an add each)",
              ylabel="validation loss, token by token (nats per byte)\nmean of the seeds; bars: lowest to highest")
-    axes.xaxis.set_major_formatter(LogFormatter())
-    axes.xaxis.set_minor_formatter(LogFormatter())
-    axes.grid(alpha=0.3, which="both")
+    ticks = [m * 10.0 ** k for k in range(-4, 6) for m in (1, 2, 3, 5, 7) if min(costs) / 1.5 < m * 10.0 ** k
+             < 1.5 * max(costs)]
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", fontsize=9)
     figure.savefig(path, dpi=120)
 
