@@ -27,12 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-import ablate  # noqa: E402
-import bench  # noqa: E402
-import peers  # noqa: E402
-import peers_latent  # noqa: E402
+sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from experiments import ablate, bench, peers, peers_latent  # noqa: E402
 from tinybubbles import Cache, Config, Tinybubbles  # noqa: E402
 from train import knob, read_flags, refuse  # noqa: E402
 

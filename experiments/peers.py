@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-import ablate  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from experiments.ablate import Variant, vary  # noqa: E402
 from tinybubbles import Cache, Fork, Tinybubbles, check_budget, check_choice, mean_loss, rotary  # noqa: E402
 
 SHARE = 0.1          # of a sequence's length: the pauses put into it in training
@@ -31,6 +31,23 @@ def whole_budget(budget):
     if check_budget(budget) % 1:
         raise ValueError(f"this model's budget must be a whole number (positions per token), not {budget!r}")
     return int(budget)
+
+
+def begin(model, idx, budget, routing, cache):
+    """Refuse what no rival can do; return the budget, an int, and the number of tokens before this call."""
+    check_choice("routing", routing or "causal", "causal")
+    if cache is not None and cache.fixed:
+        raise ValueError("this model cannot decode from a fixed cache; leave out cache.fix, or compile=True")
+    _, _, start = model.check_call(idx, 1, "causal", cache)
+    return whole_budget(model.config.budget if budget is None else budget), start
+
+
+def run(blocks, x, rotation, append=None, channel=None):
+    """x (B, N, D) through blocks, with P = 1 and what the score channel of queries and keys holds, if anything."""
+    P = x.new_ones(1, 1, 1)
+    for block in blocks:
+        x = block(x, P, channel, rotation, append)
+    return x                                                                         # (B, N, D)
 
 
 def gpt_flops(config, positions, pairs, predictions):
@@ -56,24 +73,9 @@ class ManyPositions(Tinybubbles):
         """n, the positions of a token, for a call's budget."""
         return whole_budget(self.config.budget if budget is None else budget)
 
-    def check(self, idx, budget, routing, cache):
-        """Refuse what a call cannot do; return n and the number of tokens before it."""
-        n = self.positions(budget)
-        check_choice("routing", routing or "causal", "causal")
-        if cache is not None and cache.fixed:
-            raise ValueError("this model cannot decode from a fixed cache; leave out cache.fix, or compile=True")
-        return n, self.check_call(idx, 1, "causal", cache)[2]
-
     def angles(self, tok, T, start):
         """tinybubbles' rotary: cos and sin (1, 1, N, d/2) for the positions of tok (N,)."""
         return rotary(tok.unsqueeze(0), T, start, self.config.n_embd // self.config.n_head)
-
-    def run_blocks(self, x, rotation, append):
-        """Every block in turn on x (B, N, D), with P = 1; append as in CausalSelfAttention, None: plain causal."""
-        P = x.new_ones(1, 1, 1)
-        for block in self.blocks:
-            x = block(x, P, None, rotation, append)
-        return x                                                                     # (B, N, D)
 
     def predict(self, x, targets, tok, cache, streams):
         """What forward returns, from x (B, T, D). tok (N,) or (B, N): the token of each position, for `streams`."""
@@ -112,12 +114,12 @@ class Copies(ManyPositions):
         self.merge = check_choice("merge", merge, "last", "mean")
 
     def forward(self, idx, targets=None, *, budget=None, routing=None, cache=None, streams=None):
-        n, start = self.check(idx, budget, routing, cache)
+        n, start = begin(self, idx, budget, routing, cache)
         B, T = idx.shape
         x = self.drop(self.wte(idx)).repeat_interleave(n, 1)                         # (B, N, D)
         tok = torch.arange(T, device=idx.device).repeat_interleave(n)                # (N,)
         append = None if cache is None else cache.place(0, tok.expand(B, -1))
-        x = self.run_blocks(x, self.angles(tok, T, start), append).unflatten(1, (T, n))   # (B, T, n, D)
+        x = run(self.blocks, x, self.angles(tok, T, start), append).unflatten(1, (T, n))   # (B, T, n, D)
         x = x[:, :, -1] if self.merge == "last" else x.sum(2)                        # (B, T, D)
         return self.predict(x, targets, tok + start, cache, streams)
 
@@ -133,7 +135,7 @@ class Pauses(ManyPositions):
         self.pause = nn.Parameter(0.02 * torch.randn(config.n_embd))                 # as wte's rows
 
     def forward(self, idx, targets=None, *, budget=None, routing=None, cache=None, streams=None):
-        n, start = self.check(idx, budget, routing, cache)
+        n, start = begin(self, idx, budget, routing, cache)
         B, T = idx.shape
         x = self.wte(idx).unsqueeze(2)                                               # (B, T, 1, D)
         x = self.drop(torch.cat((x, self.pause.expand(B, T, n - 1, -1)), 2)).flatten(1, 2)        # (B, N, D)
@@ -141,7 +143,7 @@ class Pauses(ManyPositions):
         tok = token.repeat_interleave(n)                                             # (N,)
         rotation = [angle.repeat_interleave(n, 2) for angle in self.angles(token, T, start)]
         append = None if cache is None else cache.place(0, tok.expand(B, -1))
-        x = self.run_blocks(x, rotation, append)[:, n - 1::n]                        # (B, T, D)
+        x = run(self.blocks, x, rotation, append)[:, n - 1::n]                        # (B, T, D)
         return self.predict(x, targets, tok + start, cache, streams)
 
 
@@ -165,7 +167,7 @@ class RandomPauses(ManyPositions):
         self.pause = nn.Parameter(0.02 * torch.randn(config.n_embd))                 # as wte's rows
 
     def forward(self, idx, targets=None, *, budget=None, routing=None, cache=None, streams=None):
-        n, start = self.check(idx, budget, routing, cache)
+        n, start = begin(self, idx, budget, routing, cache)
         if self.training and targets is not None and cache is None:
             return self.train_forward(idx, targets, streams)
         (B, T), M = idx.shape, n - 1
@@ -181,7 +183,7 @@ class RandomPauses(ManyPositions):
         def append(layer, k, v):
             k, v = (k, v) if place is None else place(layer, k, v)[:2]               # pauses are padding to the cache
             return k, v, mask.to(k.dtype)
-        x = self.run_blocks(x, rotation, append)
+        x = run(self.blocks, x, rotation, append)
         x = x[:, T + M - 1::M] if M else x                                           # (B, T, D)
         return self.predict(x, targets, token.repeat_interleave(n) + start, cache, streams)
 
@@ -200,7 +202,7 @@ class RandomPauses(ManyPositions):
         targets = targets.gather(1, tok).masked_fill(pause.roll(-1, 1), -1)[:, :T]   # the first is never a pause
         x = torch.where(pause.unsqueeze(-1), self.pause, self.wte(idx.gather(1, tok)))[:, :T]     # (B, T, D)
         rotation = self.angles(torch.arange(T, device=idx.device), T, 0)
-        x = self.run_blocks(self.drop(x), rotation, None)
+        x = run(self.blocks, self.drop(x), rotation, None)
         return self.predict(x, targets, tok[:, :T], None, streams)
 
     def decode_flops(self, T, budget=None):
@@ -255,5 +257,5 @@ def no_attenuation(model):
     Scores still choose, and weigh the merge. Returns the model."""
     if not model.config.fork_layers:
         raise ValueError("no attenuation needs a model with fork_layers, not ()")
-    ablate.vary(model, ablate.Variant(logits="none", values=False, writes=False))
+    vary(model, Variant(logits="none", values=False, writes=False))
     return model

@@ -21,34 +21,11 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tinybubbles import Cache, Tinybubbles, check_choice, linear, mean_loss, nats, rotary  # noqa: E402
+from experiments.peers import begin, run, whole_budget  # noqa: E402
+from tinybubbles import Cache, Tinybubbles, linear, mean_loss, nats, rotary  # noqa: E402
 
 
 # -- what the peers share ---------------------------------------------------------------------------------------------
-
-def begin(model, idx, budget, routing, cache):
-    """Refuse what no peer can do; return the budget, an int, and the number of tokens before this call."""
-    check_choice("routing", routing, None, "causal")
-    _, _, start = model.check_call(idx, budget, "causal", cache)
-    if cache is not None and cache.fixed:
-        raise ValueError("a peer cannot use a fixed cache; leave out compile")
-    return whole(model.config.budget if budget is None else budget), start
-
-
-def whole(budget):
-    """Return the budget as an int, or raise ValueError."""
-    if budget != int(budget):
-        raise ValueError(f"budget must be a whole number (positions or iterations that a token gets), not {budget!r}")
-    return int(budget)
-
-
-def run(blocks, x, rotation, append=None, channel=None):
-    """x (B, N, D) through blocks, with P = 1 and what the score channel of queries and keys holds, if anything."""
-    P = x.new_ones(1, 1, 1)
-    for block in blocks:
-        x = block(x, P, channel, rotation, append)
-    return x
-
 
 def predict(h, W, targets):
     """(log p (B, T, V), None) from normed states h (B, T, D) and the head W (V, D); with targets (B, T), (None, loss).
@@ -103,7 +80,7 @@ class RecurrentDepth(Tinybubbles):
     def __init__(self, config):
         if config.n_layer < 3:
             raise ValueError(f"recurrent depth needs n_layer >= 3 (prelude, core, coda), not {config.n_layer}")
-        whole(config.budget)
+        whole_budget(config.budget)
         super().__init__(replace(config, fork_layers=()))
         self.blocks = nn.ModuleList(Sandwich(block, config) for block in self.blocks)
         self.ln_s, self.ln_f = (nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(2))
@@ -207,11 +184,11 @@ class RecurrentDepth(Tinybubbles):
 
     def forward_flops(self, T, budget=None):
         """Of a forward pass of one row of T tokens, attention in full."""
-        return self.flops(T, whole(self.config.budget if budget is None else budget), T * T)
+        return self.flops(T, whole_budget(self.config.budget if budget is None else budget), T * T)
 
     def decode_flops(self, T, budget=None):
         """Of reading T tokens one at a time, none before them."""
-        return self.flops(T, whole(self.config.budget if budget is None else budget), T * (T + 1) // 2)
+        return self.flops(T, whole_budget(self.config.budget if budget is None else budget), T * (T + 1) // 2)
 
     def train_flops(self, T):
         """Mean, over r, of a training step on one row: three forward passes of what has a gradient, one of the rest."""
@@ -386,16 +363,16 @@ class PonderLM3(PonderLM2):
 
     def __init__(self, config):
         super().__init__(config)
-        self.router = nn.Linear(config.n_embd, whole(config.budget), bias=False)
+        self.router = nn.Linear(config.n_embd, whole_budget(config.budget), bias=False)
         nn.init.normal_(self.router.weight, std=0.02)
         self.penalty = 0.0
 
     def latents(self, budget):
-        most = whole(self.config.budget)
-        if most < 2 or not 1 <= whole(budget) <= most:
+        most = whole_budget(self.config.budget)
+        if most < 2 or not 1 <= whole_budget(budget) <= most:
             raise ValueError(f"the budget of PonderLM-3 is K + 1 >= 2 (positions of a token), that of a call 1 to "
                              f"K + 1 = {most}, not {budget!r}")
-        return whole(budget) - 1
+        return whole_budget(budget) - 1
 
     def gates(self, h, K):
         log_s = F.linear(h, self.router.weight[:K + 1]).float().log_softmax(-1)      # (B, T, K + 1)

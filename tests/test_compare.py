@@ -3,7 +3,6 @@ import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
-import bench  # noqa: E402
-import compare  # noqa: E402
-import train  # noqa: E402
-from tinybubbles import Cache, Config, Tinybubbles  # noqa: E402
+import train
+from experiments import bench, compare
+from tinybubbles import Cache, Config, Tinybubbles
 
 ARMS = "copy-2, last; bubbles, r = 1.5; bubbles, topk"
 

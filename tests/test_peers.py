@@ -1,7 +1,5 @@
 """The rivals with more positions per token: `python -m pytest tests/test_peers.py`."""
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
-import peers  # noqa: E402
-import train  # noqa: E402
-from test_tinybubbles import (layer_norm, log_softmax, oracle_choose, oracle_turn, random_model, split,  # noqa: E402
+import train
+from experiments import peers
+from test_tinybubbles import (layer_norm, log_softmax, oracle_choose, oracle_turn, random_model, split,
                               tokens)
-from tinybubbles import Cache, Config  # noqa: E402
+from tinybubbles import Cache, Config
 
 SMALL = dict(vocab_size=11, block_size=24, n_layer=2, n_head=2, n_embd=16, fork_layers=())
 RIVALS = {"last": peers.Copies, "mean": lambda config: peers.Copies(config, merge="mean"), "pauses": peers.Pauses,

@@ -1,8 +1,6 @@
 """Recurrent depth, PonderLM-2 and PonderLM-3: `python -m pytest tests/test_peers_latent.py`."""
 import math
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +9,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
-import train  # noqa: E402
-from peers_latent import NOISE, PonderLM2, PonderLM3, RecurrentDepth, predict  # noqa: E402
-from test_tinybubbles import layer_norm, log_softmax, oracle_turn, tokens  # noqa: E402
-from tinybubbles import Config, Tinybubbles  # noqa: E402
+import train
+from experiments.peers_latent import NOISE, PonderLM2, PonderLM3, RecurrentDepth, predict
+from test_tinybubbles import layer_norm, log_softmax, oracle_turn, tokens
+from tinybubbles import Config, Tinybubbles
 
 BUDGET = {RecurrentDepth: 3.0, PonderLM2: 2.0, PonderLM3: 4.0}
 LAYERS = {RecurrentDepth: 4, PonderLM2: 2, PonderLM3: 2}
