@@ -12,8 +12,8 @@ import torch
 
 from train import choose_device, decoder, knob, load_checkpoint, read_flags, refuse
 
-SHADES = "", "30;48;5;189", "30;48;5;111", "97;48;5;26", "97;48;5;17"      # of a terminal: 1, 2, 3, 4, 5 or more streams
-ROW, MOST = 72, 720                                                         # tokens in a row of the picture, and in all
+SHADES = "", "30;48;5;189", "30;48;5;111", "97;48;5;26", "97;48;5;17"     # a terminal's: 1, 2, 3, 4, 5 or more streams
+ROW, MOST = 72, 720                                                        # tokens in a row of the picture, and in all
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Settings:
     top_k: int = knob(0, "sample among the k likeliest tokens; 0 = all", low=0)
     budget: float = knob(None, "streams per token, 1 or more; default: as trained", "float", low=1)
     seed: int = knob(0, "the first sample's; the next ones count up from it", low=0)
-    show_bubbles: bool = knob(False, "shade each character by its streams in the last block (colour on a terminal only)")
+    show_bubbles: bool = knob(False, "shade characters by their streams in the last block (colour on a terminal only)")
     plot: str = knob(None, "a picture to draw (.png, .pdf or .svg): the streams of the first sample's text", "str")
     compile: bool = knob(False, "torch.compile the step that reads one token: slow to start, faster then")
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
@@ -60,7 +60,7 @@ def read_prompt(prompt, vocabulary):
 
 def encode(prompt, vocabulary, vocab_size):
     """The tokens of the prompt's bytes, a list (see `decoder`), or a refusal. At each place the longest string of the
-    vocabulary is taken; if all of them end in spaces, any white space may stand between words, and none before . or ?"""
+    vocabulary is taken. If all end in spaces, words may stand any white space apart, and . and ? right behind one."""
     if vocabulary is None:
         return list(prompt)
     try:
@@ -210,8 +210,9 @@ def main(argv):
     started = time.perf_counter()
     samples = [write_sample(model, prompt, vocabulary, s, seed) for seed in range(s.seed, s.seed + s.num_samples)]
     made, seconds = s.num_samples * s.max_new_tokens, time.perf_counter() - started
-    print(f"{made} tokens, {made / seconds:.0f} tokens/s, {torch.cat([n for _, n in samples]).float().mean():.2f} streams "
-          f"per token at budget {s.budget or model.config.budget:g}, on {model.wte.weight.device}")
+    streams = torch.cat([read for _, read in samples]).float().mean()
+    print(f"{made} tokens, {made / seconds:.0f} tokens/s, {streams:.2f} streams per token "
+          f"at budget {s.budget or model.config.budget:g}, on {model.wte.weight.device}")
     if s.plot:
         plot(s.plot, model, samples[0][0], vocabulary, s.budget)
 

@@ -36,8 +36,7 @@ def nats(logits, y):
 
 
 def validation_windows(dataset, model, windows):
-    """Windows of a text's validation part as long as the model's context, spread evenly, and their targets: (B, T) each.
-    """
+    """Windows of a text's validation part, as long as a context, spread evenly, and their targets: (B, T) each."""
     size, words, device = model.config.block_size, model.config.vocab_size, model.wte.weight.device
     _, data = load_data(dataset, size)
     starts = np.linspace(0, len(data) - size - 1, windows).astype(np.int64)

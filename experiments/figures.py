@@ -2,7 +2,7 @@
 Draw README's pictures: python experiments/figures.py --figure method        (or attention, entropy, decoding, budgets)
 
 method: the worked example of README and test_tinybubbles.py, its streams chosen by tinybubbles.Fork itself. The others
-are measured on windows of the validation text, with checkpoints of train.py, and write their numbers beside the picture:
+are measured on windows of the validation text, with checkpoints of train.py, and write their numbers beside it:
 attention: of originals to their own forks, and to other streams, by block (the paper's figure 4)
 entropy:   streams of a token against the entropy of the prediction there, by this model and by a plain GPT (figure 5)
 decoding:  loss by position, teacher-forced and as generated, under both rules (figure 6)
@@ -219,8 +219,9 @@ def decoding(models, x, y, s):
         losses = {way: np.stack([loss.cpu().numpy()[:, at].mean(1) for at in bins], 1) for way, loss in losses.items()}
         base = losses[model.config.routing + ", teacher-forced"]                                  # (windows, 8)
         result[f"trained with {model.config.routing}"] = {
-            way: dict(position=[at.mean() + 1 for at in bins], loss=loss.mean(0).tolist(), mean=loss.mean(),
-                      less=(loss - base).mean(0).tolist(), half=half_width(loss - base)) for way, loss in losses.items()}
+            way: dict(mean=loss.mean(), position=[at.mean() + 1 for at in bins], loss=loss.mean(0).tolist(),
+                      less=(loss - base).mean(0).tolist(), half=half_width(loss - base))
+            for way, loss in losses.items()}
     return result
 
 

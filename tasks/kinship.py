@@ -4,10 +4,10 @@ import random
 
 import numpy as np
 
-WOMEN = ("Ann Eva Alice Beth Clara Diana Emma Fiona Grace Helen Irene Julia Karen Laura Maria Nina Olivia Paula Rosa Sarah "
-         "Tina").split()
-MEN = ("Bob Cal Dan Adam Brian David Eric Frank George Henry Ivan James Kevin Louis Mark Noah Oscar Peter Robert Simon "
-       "Thomas").split()
+WOMEN = ("Ann Eva Alice Beth Clara Diana Emma Fiona Grace Helen Irene Julia Karen Laura Maria Nina Olivia Paula "
+         "Rosa Sarah Tina").split()
+MEN = ("Bob Cal Dan Adam Brian David Eric Frank George Henry Ivan James Kevin Louis Mark Noah Oscar Peter Robert "
+       "Simon Thomas").split()
 STEPS = {"parent": ("mother", "father"), "child": ("daughter", "son"), "sibling": ("sister", "brother"),
          "spouse": ("wife", "husband")}                               # what facts say of a woman, of a man
 BACK = dict(parent="child", child="parent", sibling="sibling", spouse="spouse")
