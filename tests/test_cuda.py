@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from experiments import compare
 from test_tinybubbles import random_model, read_in_chunks, split, tokens
-from tinybubbles import Cache
+from tinybubbles import Cache, Config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 
@@ -107,3 +108,20 @@ def test_a_training_step_never_waits_for_the_device():
         model(idx, idx)[1].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", compare.ARMS)
+def test_every_rival_reads_and_decodes_as_on_the_cpu(name):
+    arm = compare.ARMS[name]
+    torch.manual_seed(0)
+    layers, routing = () if "none" in arm.flags else (1, 2), "topk" if "topk" in arm.flags else "causal"
+    cpu = arm.build(Config(vocab_size=11, block_size=24, n_layer=4, n_head=2, n_embd=16, fork_layers=layers,
+                           budget=float(arm.dials[0]), routing=routing)).eval()
+    cuda, idx = copy.deepcopy(cpu).cuda(), torch.randint(11, (3, 20))
+    want = cpu(idx)[0]
+    assert (want - cuda(idx.cuda())[0].cpu()).abs().max() < 2e-4
+    if arm.cached:
+        cache = cuda.new_cache() if hasattr(cuda, "new_cache") else Cache()
+        steps = [cuda(token, cache=cache)[0] for token in idx.cuda().split(1, dim=1)]
+        assert (want - torch.cat(steps, dim=1).cpu()).abs().max() < 2e-4

@@ -120,7 +120,8 @@ def test_every_command_of_the_readme_runs(folder):
     train_here()
     small = {"train.py": [*TINY, "--compile", "false"], "sample.py": ["--max_new_tokens", "5", "--compile", "false"],
              "experiments/bench.py": ["--preset", "smoke", "--results", "pictures"],
-             "experiments/figures.py": ["--results", "pictures"], "experiments/decode_loss.py": ["--windows", "2"],
+             "experiments/figures.py": ["--results", "pictures", "--windows", "4"],
+             "experiments/decode_loss.py": ["--windows", "2"],
              "experiments/ablate.py": ["--seeds", "0", "--arms", "bubbles", "--results", "pictures", "--flags",
                                        "--max_iters 2 --batch_size 2 --eval_iters 4"]}
 
@@ -128,12 +129,13 @@ def test_every_command_of_the_readme_runs(folder):
         start, script, flags = re.match(r"python (.*?)(\S+\.py)(.*)", command).groups()
         if "--resume" in flags:
             return run(script, *shlex.split(flags), "--max_iters", "6")
-        more = [*small[script], *["--block_size=48"] * ("--dataset" in flags)]
+        more = [*small[script], *["--block_size=96"] * ("--dataset" in flags)]
         return run(script, *shlex.split(flags), *more, before=shlex.split(start))
 
-    later = [command for command in commands if "--resume" in command]
+    later, train_first = ([command for command in commands if part in command] for part in ("--resume", "train.py"))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run_small, [command for command in commands if command not in later]))
+        list(pool.map(run_small, [command for command in train_first if command not in later]))
+        list(pool.map(run_small, [command for command in commands if command not in train_first]))
     train_here()
     assert len(list(map(run_small, later))) == 2 and torch.load("out/ckpt.pt", weights_only=True)["step"] == 6
 
