@@ -209,8 +209,8 @@ SETTLED = 1e-6               # entries of states, of about 1, that change less t
 
 class PonderLM2(Tinybubbles):
     """A token's embedding, times sqrt(D), is its slot 0; slot 1, at the same rotary position, is fed the normed final
-    state of slot 0, and predicts. (2509.23184.) With the head tied to the embedding, and N(0, 0.02) as GPT-2's, an
-    embedding's entries are 0.02 sqrt(D) at first, and those of a fed-back state 1.
+    state of slot 0, and predicts. (2509.23184.) Embeddings begin as N(0, 1 / D), so that what is fed has entries of
+    about 1, whether it is an embedding or a state; all else is GPT-2's initialisation.
 
     In training mode, with targets, all tokens at once, by Jacobi iteration (section 3.2): states of the embeddings
     alone, then J sweeps, each over all slots with the states of the sweep before, then one more that predicts; J is
@@ -222,6 +222,7 @@ class PonderLM2(Tinybubbles):
 
     def __init__(self, config):
         super().__init__(replace(config, fork_layers=()))
+        nn.init.normal_(self.wte.weight, std=config.n_embd ** -0.5)
         self.sweeps = (2, 3)
         self.latents(config.budget)
 
