@@ -52,7 +52,7 @@ PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 4 "
                     "--max_iters 10 --warmup_iters 2 --eval_iters 2", (4e-3, 8e-3), (0, 1), 2, 5, 1),
     "cpu": Preset("--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
-                  "--max_iters 400 --warmup_iters 40 --eval_iters 16", (8e-3, 4e-3, 1.6e-2), (0, 1, 2), 2, 50, 5),
+                  "--max_iters 400 --warmup_iters 40 --eval_iters 16", (8e-3, 4e-3, 2e-3), (0, 1, 2), 2, 50, 5),
     "gpu": Preset("--device cuda --block_size 256 --n_layer 6 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 32 --max_iters 500 --warmup_iters 50 --eval_iters 4", (2e-3, 4e-3, 1e-3), (0, 1, 2), 8,
                   17, 3),
