@@ -263,18 +263,27 @@ def test_gradients_reach_every_parameter(kind):
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-@all_peers
-def test_the_start_is_gpt_2s(kind):
-    """The same weights as those of a GPT with the same seed; gains of 1; the router's as any other matrix. PonderLM's
-    embeddings, times sqrt(D), have entries of about 1."""
+def test_recurrent_depth_starts_as_its_paper_says():
+    """Variances 2 / 5D, and 1 / 5DL of what is added, of L = 1 + 3 * 2 + 1 blocks; gains of 1."""
+    for name, p in fresh(RecurrentDepth).named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all()
+        else:
+            variance = 1 / (5 * 16 * 8) if "proj" in name else 2 / (5 * 16)
+            assert p.var().item() == pytest.approx(variance, rel=0.3), name
+
+
+@pytest.mark.parametrize("kind", [PonderLM2, PonderLM3])
+def test_the_start_of_ponderlm_is_gpt_2s_but_for_the_embedding(kind):
+    """The same weights as those of a GPT with the same seed; gains of 1; the router's as any other matrix; embeddings,
+    times sqrt(D), have entries of about 1."""
     names = dict(fresh(kind).named_parameters())
     torch.manual_seed(0)
     gpt = dict(Tinybubbles(Config(**SMALL, n_layer=LAYERS[kind])).named_parameters())
     matrices = {name for name, p in names.items() if p.dim() == 2} - {"router.weight"}
     assert matrices == {name for name, p in gpt.items() if p.dim() == 2}
-    own = set() if kind is RecurrentDepth else {"wte.weight"}
-    assert all((names[name] == gpt[name]).all() for name in matrices - own)
-    assert all(0.8 < math.sqrt(SMALL["n_embd"]) * names[name].std() < 1.2 for name in own)
+    assert all((names[name] == gpt[name]).all() for name in matrices - {"wte.weight"})
+    assert 0.8 < math.sqrt(SMALL["n_embd"]) * names["wte.weight"].std() < 1.2
     assert all((p == 1).all() for name, p in names.items() if p.dim() == 1)
     assert kind is not PonderLM3 or 0.01 < names["router.weight"].std() < 0.03
 
