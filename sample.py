@@ -29,7 +29,7 @@ class Settings:
     budget: float = knob(None, "streams per token, 1 or more; default: as trained", "float", low=1)
     seed: int = knob(0, "the first sample's; the next ones count up from it", low=0)
     show_bubbles: bool = knob(False, "shade characters by their streams in the last block (colour on a terminal only)")
-    plot: str = knob(None, "a picture to draw (.png, .pdf or .svg): the streams of the first sample's text", "str")
+    plot: str = knob(None, "draw the first sample's streams as this .png, .pdf or .svg; default: no picture", "str")
     compile: bool = knob(False, "torch.compile the step that reads one token: slow to start, faster then")
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
 
