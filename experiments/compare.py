@@ -75,10 +75,16 @@ class Arm:
     cached: bool = True
 
 
+def large_start(config):
+    """A Tinybubbles that begins with the matrices of recurrent depth."""
+    return peers.scale_start(Tinybubbles(config), config.n_layer)
+
+
 NONE, LAST, MEAN = "--fork_layers none ", partial(peers.Copies, merge="last"), partial(peers.Copies, merge="mean")
 ARMS = {
     "plain GPT": Arm("GPT", NONE, (1,)),
     "deeper GPT": Arm("GPT", NONE + "--n_layer {deep}", (1,)),
+    "plain GPT, large start": Arm("GPT, large start", NONE, (1,), large_start),
     "copy-2, last": Arm("copies, last", NONE + "--budget 2", (2,), LAST),
     "copy-4, last": Arm("copies, last", NONE + "--budget 4", (4,), LAST),
     "copy-2, mean": Arm("copies, mean", NONE + "--budget 2", (2,), MEAN),
@@ -96,6 +102,7 @@ ARMS = {
                                    lambda config: peers.no_attenuation(Tinybubbles(config))),
     "bubbles, r = 1.5": Arm("bubbles", "--budget 1.5", (1.5,)),
     "bubbles, r = 2": Arm("bubbles", "--budget 2", (2,)),
+    "bubbles, r = 2, large start": Arm("bubbles, large start", "--budget 2", (2,), large_start),
     "bubbles, r = 4": Arm("bubbles", "--budget 4", (4,)),
     "bubbles, elastic": Arm("bubbles, elastic", "--budget 1,1.5,2,3,4", (2, 1, 1.5, 3, 4)),
     "bubbles, topk": Arm("bubbles, topk", "--budget 2 --routing topk", (2,), cached=False),
@@ -108,7 +115,8 @@ CURVES = {   # Okabe and Ito's colours, safe for colour-blind readers; a marker 
     "PonderLM-2": ("#d55e00", "^-"), "PonderLM-3": ("#d55e00", "v--"), "bubbles": ("#0072b2", "s-"),
     "bubbles, elastic": ("#0072b2", "D--"), "bubbles, random selection": ("#56b4e9", "^-"),
     "bubbles, no attenuation": ("#56b4e9", "v--"), "bubbles, topk": ("#56b4e9", "o-"),
-    "bubbles, paper": ("#56b4e9", "D:")}
+    "bubbles, paper": ("#56b4e9", "D:"), "GPT, large start": ("#000000", "x-"),
+    "bubbles, large start": ("#0072b2", "x-")}
 
 
 # -- FLOPs: matmuls, a multiply and an add each -----------------------------------------------------------------------

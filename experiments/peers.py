@@ -259,3 +259,13 @@ def no_attenuation(model):
         raise ValueError("no attenuation needs a model with fork_layers, not ()")
     vary(model, Variant(logits="none", values=False, writes=False))
     return model
+
+
+def scale_start(model, L):
+    """Have a model of L blocks begin as recurrent depth does (arXiv 2502.05171): the blocks' matrices and the embedding
+    N(0, 2 / 5D), projections that are added N(0, 1 / 5DL). At D = 1,000 that is GPT-2's 0.02; below, it is more. Returns
+    the model."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and "forks" not in name:
+            nn.init.normal_(p, std=math.sqrt((1 / L if name.endswith("proj.weight") else 2) / (5 * model.config.n_embd)))
+    return model

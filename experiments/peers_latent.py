@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from experiments.peers import begin, run, whole_budget  # noqa: E402
+from experiments.peers import begin, run, scale_start, whole_budget  # noqa: E402
 from tinybubbles import Cache, Tinybubbles, linear, mean_loss, nats, rotary  # noqa: E402
 
 
@@ -86,11 +86,8 @@ class RecurrentDepth(Tinybubbles):
         super().__init__(replace(config, fork_layers=()))
         self.blocks = nn.ModuleList(Sandwich(block, config) for block in self.blocks)
         self.ln_s, self.ln_f = (nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(2))
-        self.exit_kl, L = None, 2 + config.budget * (config.n_layer - 2)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                added = name.endswith("proj.weight")
-                nn.init.normal_(p, std=math.sqrt((1 / L if added else 2) / (5 * config.n_embd)))
+        self.exit_kl = None
+        scale_start(self, 2 + config.budget * (config.n_layer - 2))
         table = torch.empty(config.block_size, config.n_embd)
         nn.init.trunc_normal_(table, 0, NOISE, -3 * NOISE, 3 * NOISE, generator=torch.Generator().manual_seed(0))
         self.register_buffer("noise", table, persistent=False)
