@@ -413,7 +413,7 @@ def draw(points, title, path):
     low, high = min(min(p["autoregressive"]) for p in points), max(own)
     top = high + 0.2 * (high - low) + 0.01                            # a dial turned too far would flatten the rest
     above = sum(p["loss"] > top for p in points)
-    title += f" ({above} points lie above the frame: see the table)" * (above > 0)
+    title += f" (points above the frame, in the table: {above})" * (above > 0)
     axes.set(xscale="log", ylim=(low - 0.05 * (top - low), top), title=title,
              xlabel="MFLOPs per generated token (a multiply and an add each)",
              ylabel="validation loss, token by token (nats per byte)\nmean of the seeds; bars: lowest to highest")
