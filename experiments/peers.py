@@ -50,11 +50,15 @@ def run(blocks, x, rotation, append=None, channel=None):
     return x                                                                         # (B, N, D)
 
 
+def block_flops(config, N, pairs):
+    """Of one block on N positions with so many pairs of a query and a key: its matmuls, multiply and add each."""
+    return 24 * N * config.n_embd ** 2 + 4 * pairs * config.n_embd
+
+
 def gpt_flops(config, positions, pairs, predictions):
     """FLOPs of a GPT's matmuls, a multiply and an add each: blocks at so many positions, attention of so many (query,
     key) pairs in each block, the head at so many predictions."""
-    D = config.n_embd
-    return config.n_layer * (24 * positions * D * D + 4 * pairs * D) + 2 * predictions * D * config.vocab_size
+    return config.n_layer * block_flops(config, positions, pairs) + 2 * predictions * config.n_embd * config.vocab_size
 
 
 class ManyPositions(Tinybubbles):
@@ -263,9 +267,10 @@ def no_attenuation(model):
 
 def scale_start(model, L):
     """Have a model of L blocks begin as recurrent depth does (arXiv 2502.05171): the blocks' matrices and the embedding
-    N(0, 2 / 5D), projections that are added N(0, 1 / 5DL). At D = 1,000 that is GPT-2's 0.02; below, it is more. Returns
-    the model."""
+    N(0, 2 / 5D), projections that are added N(0, 1 / 5DL). At D = 1,000 that is GPT-2's 0.02; below, it is more.
+    Returns the model."""
     for name, p in model.named_parameters():
         if p.dim() == 2 and "forks" not in name:
-            nn.init.normal_(p, std=math.sqrt((1 / L if name.endswith("proj.weight") else 2) / (5 * model.config.n_embd)))
+            times = 1 / L if name.endswith("proj.weight") else 2
+            nn.init.normal_(p, std=math.sqrt(times / (5 * model.config.n_embd)))
     return model

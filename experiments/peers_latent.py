@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from experiments.peers import begin, run, scale_start, whole_budget  # noqa: E402
+from experiments.peers import begin, block_flops, run, scale_start, whole_budget  # noqa: E402
 from tinybubbles import Cache, Tinybubbles, linear, mean_loss, nats, rotary  # noqa: E402
 
 
@@ -41,11 +41,6 @@ def positions_run(count, start, most):
     tok = start + torch.arange(count.size(1), device=count.device)[:, None]          # (T, 1)
     tok = torch.where(torch.arange(most, device=count.device) < count.unsqueeze(-1), tok, -1).flatten(1)
     return tok, torch.zeros(tok.shape, device=tok.device)
-
-
-def block_flops(config, N, pairs):
-    """Of one block on N positions with so many pairs of a query and a key: its matmuls, multiply and add each."""
-    return 24 * N * config.n_embd ** 2 + 4 * pairs * config.n_embd
 
 
 # -- recurrent depth --------------------------------------------------------------------------------------------------
@@ -70,9 +65,9 @@ class Sandwich(nn.Module):
 
 class RecurrentDepth(Tinybubbles):
     """e = prelude(emb sqrt(D)); s_0 = noise; s_i = core(e + s_{i-1}), r times; head(norm(coda(norm(s_r)))). Blocks: 1
-    of prelude, n_layer - 2 of core, 1 of coda. Matrices begin as N(0, 2 / 5D), projections that are added as N(0, 1 / 5DL),
-    L being the blocks that run, as in the paper, and gains as 1. (With GPT-2's 0.02 the norms after each addition leave the
-    blocks no say: 400 steps on the plays ended where a count of the bytes does.)
+    of prelude, n_layer - 2 of core, 1 of coda. Matrices begin as N(0, 2 / 5D), projections that are added as
+    N(0, 1 / 5DL), L being the blocks that run, as in the paper, and gains as 1. (With GPT-2's 0.02 the norms after each
+    addition leave the blocks no say: 400 steps on the plays ended where a count of the bytes does.)
 
     In training mode, with targets, r is drawn for each call, around the budget, and s_0 is drawn anew. Otherwise r is
     the budget, and s_0 a fixed draw for each absolute position, so that a prediction does not depend on how the text
