@@ -4,16 +4,18 @@ How fast, against the limit: python experiments/bench.py --preset cpu        (or
 Ratios measured in one run, the rivals taking turns: training against a plain GPT that computes as many positions in
 each block as bubbles have streams; decoding against the same GPT with a preallocated cache, and against reading the
 sequence anew for every token; the probability merge against the residual one; and how cost grows with the length and
-the budget. Prints a table, writes bench_PRESET.json, .md and .png.
+the budget. Prints a table, writes bench_PRESET.json, .md and .png; the first after every row, so that --resume goes on.
 """
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +28,47 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tinybubbles import MLP, Cache, Config, Tinybubbles, linear, quota, rotate  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
-from train import choose_device, knob, make_optimizer, read_flags, refuse  # noqa: E402
+from train import choose_device, knob, make_optimizer, read_flags, refuse, write_atomically  # noqa: E402
 
-MICRO = dict(n_layer=3, n_head=2, n_embd=32, fork_layers=(1, 2))
-TINY = dict(n_layer=6, n_head=4, n_embd=128, fork_layers=(1, 2))                     # train.py's default
-SMALL = dict(n_layer=6, n_head=4, n_embd=256, fork_layers=(1, 2))
-GPT2 = dict(n_layer=12, n_head=12, n_embd=768, fork_layers=(3, 7))
+MICRO = dict(n_layer=3, n_head=2, n_embd=32, fork_layers=[1, 2])
+TINY = dict(n_layer=6, n_head=4, n_embd=128, fork_layers=[1, 2])                     # train.py's default
+SMALL = dict(n_layer=6, n_head=4, n_embd=256, fork_layers=[1, 2])
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768, fork_layers=[3, 7])
 PRESETS = {   # train: model, batch, lengths; decode, compiled: models, batches, contexts; words of the merge; rounds
     "smoke": dict(train=(MICRO, 1, (32, 64)), decode=((MICRO,), (1, 2), (32, 48)), compiled=((), (), ()), words=300,
                   rounds=2),
     "cpu": dict(train=(SMALL, 1, (128, 256, 512, 1024)), decode=((TINY, SMALL, GPT2), (1,), (256, 1024, 4096)),
                 compiled=((TINY,), (1,), (256, 1024)), words=50304, rounds=7),
-    "gpu": dict(train=(GPT2, 16, (128, 256, 512, 1024)), decode=((GPT2,), (1,), (1024,)),
-                compiled=((TINY, GPT2), (1, 64), (256, 1024, 4096)), words=50304, rounds=10),
+    "gpu": dict(train=(GPT2, 16, (128, 512, 1024)), decode=((GPT2,), (1,), (1024,)),
+                compiled=((GPT2, TINY), (1, 64), (256, 1024, 4096)), words=50304, rounds=10),
 }
+RIVALS = {"training step": "GPT, as many positions", "training step, bfloat16": "the same, float32",
+          "decoding a token": "GPT with a cache", "decoding a token, compiled": "GPT with a cache",
+          "product of few rows": "F.linear", "probability merge": "residual merge"}
+
+
+def plans(preset):
+    """What a preset measures: a dict (what, model, B, tokens, r) for each row of the table, and with `over` for each
+    point of the figure: growth over the tokens (r = 2) and over r (at a middle length)."""
+    (model, B, lengths), contexts = preset["train"], preset["decode"][2]
+    middle, rows = lengths[len(lengths) // 2], []
+
+    def plan(what, model, B, tokens, r=2.0, **more):
+        rows.append(dict(what=what, model=model, B=B, tokens=tokens, r=r, **more))
+    for T, r in itertools.product(lengths, (2.0, 4.0)):
+        plan("training step", model, B, T, r)
+    for what, shapes in (("decoding a token", "decode"), ("decoding a token, compiled", "compiled")):
+        for shape in itertools.product(*preset[shapes]):
+            plan(what, *shape)
+    plan("training step, bfloat16", model, B, middle)
+    plan("product of few rows", preset["decode"][0][-1], 1, 2, 1.0)
+    plan("probability merge", model, 1, max(lengths))
+    for what, over in (("training", lengths), ("decoding", contexts)):
+        for tokens in over:
+            plan(f"growth of {what}", model, 1, tokens, over="tokens")
+        for r in (1.0, 1.5, 2.0, 3.0, 4.0):
+            plan(f"growth of {what}", model, 1, middle, r, over="r")
+    return rows
 
 
 # -- the rival: a plain GPT, which may compute more positions than there are tokens -----------------------------------
@@ -178,7 +207,20 @@ class Bench:
     """What every measurement shares: the preset's numbers, the device and its dtype."""
 
     def __init__(self, preset, device):
-        self.rounds, self.device, self.half = preset["rounds"], device, device.type == "cuda"
+        self.words, self.rounds = preset["words"], preset["rounds"]
+        self.device, self.half = device, device.type == "cuda"
+        self.methods = {"training step": self.train, "training step, bfloat16": self.dtype,
+                        "decoding a token": partial(self.decode, compiled=False),
+                        "decoding a token, compiled": partial(self.decode, compiled=True),
+                        "product of few rows": self.few_rows, "probability merge": self.merge,
+                        "growth of training": self.train_once, "growth of decoding": self.decode_once}
+
+    def measure(self, plan):
+        """The plan's row: the plan and what was measured, or the error that ended it, as the first line says it."""
+        try:
+            return plan | self.methods[plan["what"]](*(plan[key] for key in ("model", "B", "tokens", "r")))
+        except RuntimeError as error:                                 # out of memory, or what cannot be compiled
+            return plan | dict(error=str(error).strip().partition("\n")[0])
 
     def nets(self, model, **changes):
         """Tinybubbles and the GPT of the same sizes."""
@@ -210,64 +252,58 @@ class Bench:
         torch._dynamo.reset()                                         # it keeps eight graphs of a function at most
         return [torch.compile(net, fullgraph=True) for net in nets]
 
-    def train(self, model, B, lengths):
-        """Rows: a training step of bubbles against the GPT of as many positions."""
+    def train(self, model, B, T, r):
+        """A training step of bubbles against the GPT of as many positions."""
         peak, _ = ceiling(self.device, self.half)
-        for T in lengths:
-            for budget in (2.0, 4.0):
-                bubbles, gpt = self.nets(model, block_size=T)
-                idx, counts = self.idx(B, T), counts_of(bubbles.config, T, budget)
-                nets = self.compiled(bubbles, gpt)
-                calls = lambda: nets[0](idx, idx, budget=budget)[1], lambda: nets[1](idx, idx, counts)
-                seconds, (ratio, _) = compare([self.step(net, call) for net, call in zip((bubbles, gpt), calls)],
-                                              self.rounds, self.device)
-                with self.autocast():
-                    memory = [step_bytes(net, call, self.device) for net, call in zip((bubbles, gpt), calls)]
-                work = 3 * B * flops(bubbles.config, T, budget)
-                yield dict(what="training step", rival="GPT, as many positions", model=model, B=B, tokens=T, r=budget,
-                           ratio=ratio, target=1.05 if self.half else 1.10, seconds=seconds[0],
-                           memory=memory[0] / memory[1], memory_target=1.15, of_ceiling=work / seconds[0] / peak,
-                           rivals_of_ceiling=work / seconds[1] / peak)
+        bubbles, gpt = self.nets(model, block_size=T)
+        idx, counts = self.idx(B, T), counts_of(bubbles.config, T, r)
+        nets = self.compiled(bubbles, gpt)
+        calls = lambda: nets[0](idx, idx, budget=r)[1], lambda: nets[1](idx, idx, counts)
+        seconds, (ratio, _) = compare([self.step(net, call) for net, call in zip((bubbles, gpt), calls)],
+                                      self.rounds, self.device)
+        with self.autocast():
+            memory = [step_bytes(net, call, self.device) for net, call in zip((bubbles, gpt), calls)]
+        work = 3 * B * flops(bubbles.config, T, r)
+        return dict(ratio=ratio, target=1.05 if self.half else 1.10, seconds=seconds[0], memory=memory[0] / memory[1],
+                    memory_target=1.15, of_ceiling=work / seconds[0] / peak, rivals_of_ceiling=work / seconds[1] / peak)
 
-    def dtype(self, model, B, T):
-        """A row: a training step in bfloat16 autocast against float32."""
+    def dtype(self, model, B, T, r):
+        """A training step in bfloat16 autocast against float32."""
         bubbles, _ = self.nets(model, block_size=T)
         idx = self.idx(B, T)
-        call = lambda: bubbles(idx, idx)[1]
+        call = lambda: bubbles(idx, idx, budget=r)[1]
         seconds, (ratio, _) = compare([self.step(bubbles, call, half) for half in (True, False)], self.rounds,
                                       self.device)
-        yield dict(what="training step, bfloat16", rival="the same, float32", model=model, B=B, tokens=T, r=2.0,
-                   ratio=ratio, seconds=seconds[0])
+        return dict(ratio=ratio, seconds=seconds[0])
 
-    def decode(self, models, batches, contexts, compiled):
-        """Rows: reading a token after `context` others, bubbles at r = 2, their step compiled or not, against the GPT,
-        and against no cache."""
-        for model, B, context in itertools.product(models, batches, contexts):
-            with torch.no_grad(), self.autocast():
-                seconds, ratio, cache, operations, (bubbles, idx) = self.read_tokens(model, B, context, compiled)
-                row = dict(what="decoding a token" + ", compiled" * compiled, rival="GPT with a cache", model=model,
-                           B=B, tokens=context, r=2.0, ratio=ratio, target=1.3 if self.half else 1.6, seconds=seconds,
-                           operations=operations, memory_target=1.05, **self.cache_bytes(bubbles.config, cache, B))
-                if context == 1024 or context == contexts[-1] < 1024:
-                    anew, _ = compare([lambda: bubbles(idx[:, :context])], 1, self.device)
-                    row.update(faster_than_anew=anew[0] / seconds, faster_target=20)
-            if self.half:                                             # a CPU's own caches make this no limit
-                read = sum(p.numel() for p in bubbles.parameters()) * 2 + row["cache_bytes"]
-                row["of_bandwidth"] = read / seconds / ceiling(self.device, self.half)[1]
-            yield row
+    @torch.no_grad()
+    def decode(self, model, B, context, r, compiled):
+        """Reading a token after `context` others, bubbles' step compiled or not, against the GPT; and, after 1,024 or
+        the smoke run's 48, against no cache."""
+        with self.autocast():
+            seconds, ratio, cache, operations, (bubbles, idx) = self.read_tokens(model, B, context, r, compiled)
+            row = dict(ratio=ratio, target=1.3 if self.half else 1.6, seconds=seconds, operations=operations,
+                       memory_target=1.05, **self.cache_bytes(bubbles.config, cache, B))
+            if context in (48, 1024):
+                anew, _ = compare([lambda: bubbles(idx[:, :context], budget=r)], 1, self.device)
+                row.update(faster_than_anew=anew[0] / seconds, faster_target=20)
+        if self.half:                                                 # a CPU's own caches make this no limit
+            read = sum(p.numel() for p in bubbles.parameters()) * 2 + row["cache_bytes"]
+            row["of_bandwidth"] = read / seconds / ceiling(self.device, self.half)[1]
+        return row
 
-    def read_tokens(self, model, B, context, compiled, tokens=16):
+    def read_tokens(self, model, B, context, r, compiled, tokens=16):
         """Seconds a token of bubbles, its ratio to the GPT's, the cache, how many operations a token takes both models
         when not compiled, and bubbles with the text it read."""
         last = context + tokens * (self.rounds + 1) + 1
         bubbles, gpt = (net.eval() for net in self.nets(model, block_size=last))
         c, idx, cache, place = bubbles.config, self.idx(B, last), Cache(), dict(bubbles=context, gpt=context)
-        bubbles(idx[:, :context], cache=cache)
+        bubbles(idx[:, :context], budget=r, cache=cache)
         step = bubbles
         if compiled:
             torch._dynamo.reset()                                     # it keeps eight graphs of a function at most
             step = torch.compile(bubbles, fullgraph=True, mode="reduce-overhead" if self.half else None)
-            cache.fix(last, 2.0)
+            cache.fix(last, r)
         kv = torch.empty(c.n_layer, 2, B, c.n_head, last, c.n_embd // c.n_head, device=self.device,
                          dtype=cache.kv[0].dtype)
         gpt(idx[:, :context], kv=kv)
@@ -276,11 +312,11 @@ class Bench:
             for t in range(place[name], place[name] + tokens):
                 call(idx[:, t:t + 1], t)
             place[name] += tokens
-        seconds, (ratio, _) = compare([lambda: read("bubbles", lambda one, t: step(one, cache=cache)),
+        seconds, (ratio, _) = compare([lambda: read("bubbles", lambda one, t: step(one, budget=r, cache=cache)),
                                        lambda: read("gpt", lambda one, t: gpt(one, kv=kv, start=t))],
                                       self.rounds, self.device)
         operations = []
-        for call in (lambda: bubbles(idx[:, :1], cache=cache), lambda: gpt(idx[:, :1], kv=kv, start=context)):
+        for call in (lambda: bubbles(idx[:, :1], budget=r, cache=cache), lambda: gpt(idx[:, :1], kv=kv, start=context)):
             with Operations() as seen:
                 call()
             operations.append(seen.count)
@@ -295,59 +331,50 @@ class Bench:
                     streams=streams / c.n_layer / B / int(cache.length))
 
     @torch.no_grad()
-    def few_rows(self, model, B, T):
-        """A row: the product with T streams' rows that `linear` takes, against F.linear, over a model's weights."""
+    def few_rows(self, model, B, T, r):
+        """The product with T streams' rows that `linear` takes, against F.linear, over a model's weights."""
         D = model["n_embd"]
         weights = [torch.randn(n * D, D, device=self.device) for n in (3, 1, 4) for _ in range(model["n_layer"])]
         x = torch.randn(B, T, D, device=self.device)
         seconds, (ratio, _) = compare([lambda: [linear(x, W) for W in weights],
                                        lambda: [F.linear(x, W) for W in weights]], self.rounds, self.device)
-        yield dict(what="product of few rows", rival="F.linear", model=model, B=B, tokens=T, r=1.0, ratio=ratio,
-                   seconds=seconds[0])
+        return dict(ratio=ratio, seconds=seconds[0])
 
-    def merge(self, model, words, T):
-        """A row: loss and gradient with many words, the probability merge against the residual one."""
-        nets = [self.nets(model, vocab_size=words, merge=m, block_size=T)[0] for m in ("probability", "residual")]
-        idx = self.idx(1, T, words)
-        calls = [lambda net=net: net(idx, idx, budget=2.0)[1] for net in nets]
+    def merge(self, model, B, T, r):
+        """Loss and gradient with many words, the probability merge against the residual one."""
+        nets = [self.nets(model, vocab_size=self.words, merge=m, block_size=T)[0] for m in ("probability", "residual")]
+        idx = self.idx(B, T, self.words)
+        calls = [lambda net=net: net(idx, idx, budget=r)[1] for net in nets]
         with self.autocast():
             seconds, (ratio, _) = compare([lambda call=call: call().backward() for call in calls], self.rounds,
                                           self.device)
             memory = [step_bytes(net, call, self.device) for net, call in zip(nets, calls)]
-        c, base = nets[0].config, 3 * flops(nets[0].config, T, 2.0)
-        head = 2 * c.n_embd * words                                    # flops a row; four times: chunks, forward twice
-        more = 1 + 4 * (quota(2.0, T) - T) * head / (base + T * head)
-        yield dict(what="probability merge", rival="residual merge", model=model, B=1, tokens=T, r=2.0, ratio=ratio,
-                   target=1.25 * more, seconds=seconds[0], memory=memory[0] / memory[1], memory_target=1.25)
+        c, base = nets[0].config, 3 * flops(nets[0].config, T, r)
+        head = 2 * c.n_embd * self.words                               # flops a row; four times: chunks, forward twice
+        more = 1 + 4 * (quota(r, T) - T) * head / (base + T * head)
+        return dict(ratio=ratio, target=1.25 * more, seconds=seconds[0], memory=memory[0] / memory[1],
+                    memory_target=1.25)
 
-    def growth(self, model, lengths, contexts, budgets):
-        """Seconds and bytes of training over lengths and of decoding over contexts (r = 2), and of both over budgets
-        (at a middle length), at batch 1."""
-        middle = lengths[len(lengths) // 2]
-        for what, over, points in (("training", "tokens", [(T, 2.0) for T in lengths]),
-                                   ("training", "r", [(middle, r) for r in budgets]),
-                                   ("decoding", "tokens", [(T, 2.0) for T in contexts]),
-                                   ("decoding", "r", [(middle, r) for r in budgets])):
-            for T, r in points:
-                bubbles, _ = self.nets(model, block_size=T + 16 * (self.rounds + 1))
-                seconds, held = (self.train_once if what == "training" else self.decode_once)(bubbles, T, r)
-                yield dict(what=what, over=over, tokens=T, r=r, seconds=seconds, bytes=held)
-
-    def train_once(self, bubbles, T, r):
-        idx = self.idx(1, T)
+    def train_once(self, model, B, T, r):
+        """Seconds and bytes of a training step."""
+        bubbles, _ = self.nets(model, block_size=T)
+        idx = self.idx(B, T)
         call = lambda: bubbles(idx, idx, budget=r)[1]
         with self.autocast():
             held = step_bytes(bubbles, call, self.device)
-        return compare([self.step(bubbles, call)], self.rounds, self.device)[0][0], held
+        return dict(seconds=compare([self.step(bubbles, call)], self.rounds, self.device)[0][0], bytes=held)
 
-    def decode_once(self, bubbles, T, r):
-        idx, cache = self.idx(1, T + 16 * (self.rounds + 1)), Cache()
-        with torch.no_grad(), self.autocast():
+    @torch.no_grad()
+    def decode_once(self, model, B, T, r):
+        """Seconds of reading a token after T others, and the bytes of their keys and values."""
+        last = T + 16 * (self.rounds + 1)
+        (bubbles, _), idx, cache = self.nets(model, block_size=last), self.idx(B, last), Cache()
+        with self.autocast():
             bubbles.eval()(idx[:, :T], budget=r, cache=cache)
             held = sum(kv.untyped_storage().nbytes() for kv in cache.kv.values())
             one = lambda: [bubbles(idx[:, t:t + 1], budget=r, cache=cache) for t in
                            range(cache.length, cache.length + 16)]
-            return compare([one], self.rounds, self.device)[0][0] / 16, held
+            return dict(seconds=compare([one], self.rounds, self.device)[0][0] / 16, bytes=held)
 
 
 # -- the table and the figure -----------------------------------------------------------------------------------------
@@ -366,9 +393,10 @@ def table(rows):
             "target")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        ratio, target = "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"]), row.get("target")
-        cells = [row["what"], row["rival"], size(row["model"]), row["B"], row["tokens"], f"{row['r']:g}",
-                 f"**{ratio}**" if target and row["ratio"][0] > target else ratio, f"{target:.2f}" if target else "",
+        target, missed = row.get("target"), "error" in row or row["ratio"][0] > row.get("target", math.inf)
+        time = f"failed: {row['error']}" if "error" in row else "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"])
+        cells = [row["what"], RIVALS[row["what"]], size(row["model"]), row["B"], row["tokens"], f"{row['r']:g}",
+                 f"**{time}**" if missed else time, f"{target:.2f}" if target else "",
                  f"{row['memory']:.2f}" if "memory" in row else "",
                  f"{row['memory_target']:.2f}" if "memory" in row else ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -390,7 +418,7 @@ def draw(points, path):
     figure = Figure(figsize=(10, 5), layout="constrained", facecolor="white")
     axes = figure.subplots(2, 4)
     for i, (what, over) in enumerate((w, o) for w in ("training", "decoding") for o in ("tokens", "r")):
-        mine = [p for p in points if p["what"] == what and p["over"] == over]
+        mine = [p for p in points if p["what"].endswith(what) and p["over"] == over]
         xs = [p[over] for p in mine]
         for axis, key, color in ((axes[0, i], "seconds", "#0072b2"), (axes[1, i], "bytes", "#d55e00")):
             ys = [p[key] / mine[0][key] for p in mine]
@@ -416,34 +444,41 @@ class Settings:
     preset: str = knob("cpu", ", ".join(PRESETS))
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
     results: str = knob(str(ROOT / "experiments" / "results"), "where bench_PRESET.json, .md and .png go")
+    resume: bool = knob(False, "keep the rows that bench_PRESET.json has, and measure what it lacks")
+    minutes: float = knob(1e6, "begin no row after so many; then --resume", low=0)
+
+
+def machine(device):
+    cuda = device.type == "cuda"
+    return dict(device=torch.cuda.get_device_name() if cuda else platform.machine(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), torch=torch.__version__, dtype="bfloat16" if cuda else "float32")
 
 
 def main(argv):
-    s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
+    s, started = read_flags(Settings, argv, __doc__.strip().splitlines()[0]), time.monotonic()
     if s.preset not in PRESETS:
         refuse(f"--preset must be one of {', '.join(PRESETS)}, not {s.preset!r}")
-    preset, device, rows = PRESETS[s.preset], choose_device(s.device), []
-    bench, (model, B, lengths) = Bench(preset, device), preset["train"]
-    middle = lengths[len(lengths) // 2]
-    parts = [bench.train(*preset["train"]), bench.decode(*preset["decode"], False), bench.dtype(model, B, middle),
-             bench.few_rows(preset["decode"][0][-1], 1, 2),
-             bench.decode(*preset["compiled"], True), bench.merge(model, preset["words"], max(lengths))]
-    for row in itertools.chain(*parts):
-        rows.append(row)
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    points = list(bench.growth(model, lengths, preset["decode"][2], (1.0, 1.5, 2.0, 3.0, 4.0)))
-    cuda = device.type == "cuda"
-    machine = dict(device=torch.cuda.get_device_name() if cuda else platform.machine(), cores=os.cpu_count(),
-                   threads=torch.get_num_threads(), torch=torch.__version__, dtype="bfloat16" if cuda else "float32")
-    memory = "the peak of a step above them" if cuda else "what the forward keeps for the backward"
-    note = NOTE.format(**machine, rounds=bench.rounds, memory=memory).replace("\n", " ")
-    results = Path(s.results)
+    preset, device, results = PRESETS[s.preset], choose_device(s.device), Path(s.results)
+    bench, wanted, here = Bench(preset, device), plans(preset), machine(device)
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"bench_{s.preset}.json").write_text(
-        json.dumps(dict(preset=s.preset, machine=machine, rows=rows, growth=points), indent=1) + "\n")
-    (results / f"bench_{s.preset}.md").write_text(table(rows) + "\n" + note + "\n", encoding="utf-8")
+    path = results / f"bench_{s.preset}.json"
+    rows = json.loads(path.read_text())["rows"] if s.resume and path.exists() else []
+    for plan in wanted:
+        if any(plan.items() <= row.items() for row in rows) or time.monotonic() - started > 60 * s.minutes:
+            continue
+        rows.append(bench.measure(plan))
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+        write_atomically(path, lambda file: file.write(
+            (json.dumps(dict(preset=s.preset, machine=here, rows=rows), indent=1) + "\n").encode()))
+    if len(rows) < len(wanted):
+        return print(f"{len(rows)} of {len(wanted)} rows are measured; to go on: --resume")
+    memory = "the peak of a step above them" if bench.half else "what the forward keeps for the backward"
+    note = NOTE.format(**here, rounds=bench.rounds, memory=memory).replace("\n", " ")
+    points = [row for row in rows if "over" in row and "error" not in row]
+    text = table([row for row in rows if "over" not in row])
+    (results / f"bench_{s.preset}.md").write_text(text + "\n" + note + "\n", encoding="utf-8")
     draw(points, results / f"bench_{s.preset}.png")
-    print(table(rows))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -48,16 +48,31 @@ def test_slopes_are_exponents():
     assert bench.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
 
-def test_a_smoke_run_writes_its_table_and_numbers(tmp_path, capsys):
-    bench.main(["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path)])
-    result = json.loads((tmp_path / "bench_smoke.json").read_text())
-    kinds = {row["what"] for row in result["rows"]}
-    assert kinds == {"training step", "training step, bfloat16", "decoding a token", "product of few rows",
-                     "probability merge"}
-    assert all(row["ratio"][1] <= row["ratio"][0] <= row["ratio"][2] for row in result["rows"])
-    assert all(row["memory"] >= 1 for row in result["rows"] if row["what"].startswith("decoding"))
+def test_a_smoke_run_writes_its_table_and_numbers_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    arguments = ["--preset", "smoke", "--device", "cpu", "--results", str(tmp_path), "--resume"]
+    read = lambda: json.loads((tmp_path / "bench_smoke.json").read_text())["rows"]
+    with monkeypatch.context() as patch:
+        clock = iter(range(0, 10**6, 50))                             # each look at the clock, 50 seconds later
+        patch.setattr(bench.time, "monotonic", lambda: next(clock))
+        bench.main([*arguments, "--minutes", "3"])
+    first = read()
+    assert 0 < len(first) < len(bench.plans(bench.PRESETS["smoke"])) and "to go on" in capsys.readouterr().out
+    bench.main(arguments)
+    rows = read()
+    assert rows[:len(first)] == first and len(rows) == len(bench.plans(bench.PRESETS["smoke"]))
+    assert {row["what"] for row in rows if "over" not in row} == set(bench.RIVALS) - {"decoding a token, compiled"}
+    assert all(row["ratio"][1] <= row["ratio"][0] <= row["ratio"][2] for row in rows if "over" not in row)
+    assert all(row["memory"] >= 1 for row in rows if row["what"] == "decoding a token")
     assert (tmp_path / "bench_smoke.md").read_text().startswith("| what") and (tmp_path / "bench_smoke.png").exists()
     assert "| probability merge |" in capsys.readouterr().out
+
+
+def test_a_row_that_fails_is_a_row_of_the_table(monkeypatch):
+    monkeypatch.setattr(bench, "compare", lambda *args: torch.zeros(2) @ torch.zeros(3))
+    plan = bench.plans(bench.PRESETS["smoke"])[0]
+    row = bench.Bench(bench.PRESETS["smoke"], torch.device("cpu")).measure(plan)
+    assert plan.items() <= row.items() and "size" in row["error"]
+    assert f"**failed: {row['error']}**" in bench.table([row])
 
 
 def test_an_unknown_preset_is_refused(capsys):
