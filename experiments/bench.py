@@ -27,24 +27,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tinybubbles import MLP, Cache, Config, Tinybubbles, linear, quota, rotate  # noqa: E402
+from tools.program import choose_device, knob, read_flags, refuse, write_atomically  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
-from train import choose_device, knob, make_optimizer, read_flags, refuse, write_atomically  # noqa: E402
+from train import make_optimizer  # noqa: E402
 
 MICRO = dict(n_layer=3, n_head=2, n_embd=32, fork_layers=[1, 2])
 TINY = dict(n_layer=6, n_head=4, n_embd=128, fork_layers=[1, 2])                     # train.py's default
 SMALL = dict(n_layer=6, n_head=4, n_embd=256, fork_layers=[1, 2])
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, fork_layers=[3, 7])
-PRESETS = {   # train: model, batch, lengths; decode, compiled: models, batches, contexts; words of the merge; rounds
-    "smoke": dict(train=(MICRO, 1, (32, 64)), decode=((MICRO,), (1, 2), (32, 48)), compiled=((), (), ()), words=300,
-                  rounds=2),
+PRESETS = {   # train: model, batch, lengths; decode, compiled: models, batches, contexts; the merge's words; rounds
+    "smoke": dict(train=(MICRO, 1, (32, 64)), decode=((MICRO,), (1, 2), (32, 48)), compiled=((), (), ()),
+                  processor=True, words=300, rounds=2),
     "cpu": dict(train=(SMALL, 1, (128, 256, 512, 1024)), decode=((TINY, SMALL, GPT2), (1,), (256, 1024, 4096)),
-                compiled=((TINY,), (1,), (256, 1024)), words=50304, rounds=7),
+                compiled=((TINY,), (1,), (256, 1024)), processor=True, words=50304, rounds=7),
     "gpu": dict(train=(GPT2, 16, (128, 512, 1024)), decode=((GPT2,), (1,), (1024,)),
-                compiled=((GPT2, TINY), (1, 64), (256, 1024, 4096)), words=50304, rounds=10),
+                compiled=((GPT2, TINY), (1, 64), (256, 1024, 4096)), processor=False, words=50304, rounds=10),
 }
 RIVALS = {"training step": "GPT, as many positions", "training step, bfloat16": "the same, float32",
           "decoding a token": "GPT with a cache", "decoding a token, compiled": "GPT with a cache",
-          "product of few rows": "F.linear", "probability merge": "residual merge"}
+          "training step, one thread": "the same, all threads", "product of few rows": "F.linear",
+          "probability merge": "residual merge"}
 
 
 def plans(preset):
@@ -61,7 +63,9 @@ def plans(preset):
         for shape in itertools.product(*preset[shapes]):
             plan(what, *shape)
     plan("training step, bfloat16", model, B, middle)
-    plan("product of few rows", preset["decode"][0][-1], 1, 2, 1.0)
+    if preset["processor"]:
+        plan("training step, one thread", model, B, middle)
+        plan("product of few rows", preset["decode"][0][-1], 1, 2, 1.0)
     plan("probability merge", model, 1, max(lengths))
     for what, over in (("training", lengths), ("decoding", contexts)):
         for tokens in over:
@@ -212,7 +216,8 @@ class Bench:
         self.methods = {"training step": self.train, "training step, bfloat16": self.dtype,
                         "decoding a token": partial(self.decode, compiled=False),
                         "decoding a token, compiled": partial(self.decode, compiled=True),
-                        "product of few rows": self.few_rows, "probability merge": self.merge,
+                        "training step, one thread": self.threads, "product of few rows": self.few_rows,
+                        "probability merge": self.merge,
                         "growth of training": self.train_once, "growth of decoding": self.decode_once}
 
     def measure(self, plan):
@@ -274,6 +279,18 @@ class Bench:
         call = lambda: bubbles(idx, idx, budget=r)[1]
         seconds, (ratio, _) = compare([self.step(bubbles, call, half) for half in (True, False)], self.rounds,
                                       self.device)
+        return dict(ratio=ratio, seconds=seconds[0])
+
+    def threads(self, model, B, T, r):
+        """A training step on one thread against as many as PyTorch takes."""
+        bubbles, _ = self.nets(model, block_size=T)
+        idx, threads = self.idx(B, T), torch.get_num_threads()
+        step = self.step(bubbles, lambda: bubbles(idx, idx, budget=r)[1])
+
+        def on(n):
+            torch.set_num_threads(n)
+            step()
+        seconds, (ratio, _) = compare([partial(on, 1), partial(on, threads)], self.rounds, self.device)
         return dict(ratio=ratio, seconds=seconds[0])
 
     @torch.no_grad()

@@ -8,7 +8,6 @@ the loss of each arm where every prediction comes from a step of its own, agains
 every value of its dial (streams, copies, pauses, iterations), whatever is done by then, and what is missing.
 """
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -30,8 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from experiments import ablate, bench, peers, peers_latent  # noqa: E402
+from tasks.plays import shakespeare  # noqa: E402
 from tinybubbles import Cache, Config, Tinybubbles  # noqa: E402
-from train import knob, read_flags, refuse  # noqa: E402
+from tools.program import choose_device, knob, read_flags, refuse, write_atomically  # noqa: E402
 
 CLOCKED, STEPS = 64, 4       # tokens generated, and training steps, in a turn of the clock
 
@@ -238,8 +238,8 @@ def run(s, arm, rate, seed, path, deadline):
                   parameters=sum(p.numel() for p in trainer.model.parameters()), seconds=time.perf_counter() - started)
     shutil.rmtree(path.with_suffix(""))
     if seed == PRESETS[s.preset].seeds[0]:
-        train.write_atomically(path.with_suffix(".pt"), partial(torch.save, trainer.model.state_dict()))
-    train.write_atomically(path, lambda file: file.write(json.dumps(result).encode()))
+        write_atomically(path.with_suffix(".pt"), partial(torch.save, trainer.model.state_dict()))
+    write_atomically(path, lambda file: file.write(json.dumps(result).encode()))
     return result
 
 
@@ -447,7 +447,7 @@ def check(s):
     for name in names:
         if name not in ARMS:
             refuse(f"--arms: there is no arm {name!r}; there are: {'; '.join(ARMS)}")
-    train.choose_device(read_flags(train.Settings, PRESETS[s.preset].flags.split(), "").device)
+    choose_device(read_flags(train.Settings, PRESETS[s.preset].flags.split(), "").device)
     return list(dict.fromkeys(names))
 
 
@@ -486,7 +486,7 @@ def write(s, arms, runs, missing, flops, times):
     everything = dict(preset=s.preset, sizes=asdict(preset), note=note(s), missing=missing, runs=runs,
                       flops=flops, times=times, points=points)
     path.parent.mkdir(parents=True, exist_ok=True)
-    train.write_atomically(path, lambda file: file.write((json.dumps(everything, indent=1) + "\n").encode()))
+    write_atomically(path, lambda file: file.write((json.dumps(everything, indent=1) + "\n").encode()))
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     draw(points, f"compare.py --preset {s.preset}", path.with_suffix(".png"))
     print(text)
@@ -498,7 +498,7 @@ def main(argv):
     deadline = time.time() + 60 * (preset.minutes if s.minutes is None else s.minutes)
     folder.mkdir(parents=True, exist_ok=True)
     if s.dataset == "shakespeare":
-        train.shakespeare(Path("data") / "shakespeare.txt")          # once, before several processes want it
+        shakespeare(Path("data") / "shakespeare.txt")          # once, before several processes want it
     first, sweep = preset.seeds[0], [(arm, rate, preset.seeds[0]) for rate in preset.rates for arm in arms]
     with ProcessPoolExecutor(s.processes or preset.processes, multiprocessing.get_context("spawn")) as pool:
         runs = train_all(s, pool, folder, sweep, deadline)

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tasks.text import load_data  # noqa: E402
 from tinybubbles import Cache, quota  # noqa: E402
-from train import choose_device, knob, load_checkpoint, load_data, read_flags, refuse  # noqa: E402
+from tools.program import choose_device, knob, read_flags, refuse  # noqa: E402
+from train import load_checkpoint  # noqa: E402
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from train import knob, read_flags  # noqa: E402
+from tools.program import knob, read_flags  # noqa: E402
 
 ARMS = {"bubbles (the default)": [], "plain GPT (no fork layers)": ["--fork_layers", "none"],
         "the paper's form": ["--form", "paper"], "the paper's form, topk": ["--form", "paper", "--routing", "topk"]}

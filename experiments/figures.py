@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 from experiments.ablate import Variant, originals, vary  # noqa: E402
 from experiments.decode_loss import measure, nats, validation_windows  # noqa: E402
 from tinybubbles import Config, Fork, sum_per_token  # noqa: E402
-from train import choose_device, knob, load_checkpoint, read_flags, refuse  # noqa: E402
+from tools.program import choose_device, knob, read_flags, refuse  # noqa: E402
+from train import load_checkpoint  # noqa: E402
 
 TOKENS, BUDGET = "abcd", 1.5
 SCORES = [  # (fork, keep) probabilities of every stream; originals are always kept
@@ -90,8 +91,8 @@ def draw_method(path):
         axes.text(0.02, y, text, va="center", fontsize=10, fontweight="bold", color="#333333")
     axes.set(xlim=(0, 4.5), ylim=(-0.45, 4.65), yticks=[], xticks=[0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4])
     axes.set_xlabel("rotary position")
-    axes.set_title(f"Four tokens at a budget of {BUDGET} streams per token: a and c fork; then a keeps its fork, c's is "
-                   "deleted, and d forks", fontsize=11)
+    axes.set_title(f"Four tokens at a budget of {BUDGET} streams per token: a and c fork; then a keeps its fork, c's "
+                   "is deleted, and d forks", fontsize=11)
     for side in ("left", "top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=130, facecolor="white")

@@ -11,7 +11,6 @@ B rows, T tokens, N positions, D = n_embd, V words; K latent slots of a token, s
 import math
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np

@@ -1,16 +1,21 @@
 """
-Tasks made as they are needed, which grade a model: --dataset lookup and --dataset kinship of train.py.
+What train.py trains on. --dataset shakespeare or a path: a Text. --dataset lookup or kinship: a Task, whose batches are
+made as they are needed and which grades a model.
 
-A maker of a task has T (tokens in a row), vocab_size, vocabulary (see train.py's `decoder`), GRADE (what its questions
+A maker of a task has T (tokens in a row), vocab_size, vocabulary (see text.py's `decoder`), GRADE (what its questions
 differ in), GRADES (its values) and `make(rng, B)`, which returns idx, targets and grades (B, T): targets are -1 but for
 answers, and grades there index GRADES.
 """
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from tasks.kinship import Kinship
 from tasks.lookup import Lookup
+from tasks.text import Text
 from tinybubbles import sum_per_token
+from tools.program import refuse
 
 TASKS = dict(lookup=Lookup, kinship=Kinship)
 VALIDATION = 0, 0, 0, 0, 1           # begins the seeds of validation batches; no (seed, step, number) is like it
@@ -23,7 +28,7 @@ class Task:
         self.s, self.maker, self.size = s, TASKS[s.dataset](), "batches made as they are needed"
         self.T, self.vocabulary, self.vocab_size = self.maker.T, self.maker.vocabulary, self.maker.vocab_size
         if s.block_size < self.T:
-            raise ValueError(f"--dataset {s.dataset} needs a --block_size of {self.T} or more, not {s.block_size}")
+            refuse(f"--dataset {s.dataset} needs a --block_size of {self.T} or more, not {s.block_size}")
 
     def train_batch(self, rng):
         """idx and targets (B, T)."""
@@ -56,3 +61,12 @@ def by_grade(task, model, budget, device):
         for row, values in zip(total, (right[asked], count[asked], np.ones(asked.sum()))):
             row += np.bincount(grades[asked], values, total.shape[1])
     return total[:2] / total[2]
+
+
+def make_data(s):
+    """The Task or the Text that --dataset names, or a refusal."""
+    if s.dataset in TASKS:
+        return Task(s)
+    if s.dataset != "shakespeare" and not Path(s.dataset).exists():
+        refuse(f"--dataset must be shakespeare, {', '.join(TASKS)}, a file or a folder, and there is no {s.dataset!r}")
+    return Text(s)

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import ablate  # noqa: E402
 import train  # noqa: E402
 from ablate import ARMS, Variant  # noqa: E402
-from train import read_flags  # noqa: E402
 from tinybubbles import Config, Tinybubbles, logsumexp_per_token  # noqa: E402
+from tools.program import read_flags  # noqa: E402
 
 CONFIG = Config(vocab_size=11, block_size=16, n_layer=3, n_head=2, n_embd=16, fork_layers=(0, 1), form="paper",
                 merge="residual")
@@ -84,7 +84,6 @@ def test_without_attenuation_scores_matter_to_the_selection_alone():
 
 def test_log_p_divided_undivided_and_none_differ_as_said():
     """The score channel of the keys holds log P, sqrt(d) times that, or nothing; padding stays out of reach."""
-    channel = {}
     for kind in ("divided", "undivided", "none"):
         m = model(Variant(logits=kind))
         tok, P = streams_of(m)

@@ -16,6 +16,8 @@ import sample
 import train
 from experiments import decode_loss, figures
 from tinybubbles import Config, Tinybubbles
+from tools import pictures
+from tools.program import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset text.txt --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 30 --device "
@@ -56,7 +58,7 @@ def test_the_map_counts_every_stream_and_every_deletion(model, budget):
             chosen[l] = tok[0], survives[0, 0::2], survives[0, 1::2]
             return type(fork).gather(fork, x, tok, candidates, survives, size)
         fork.gather = gather
-    counts, deleted = sample.read_bubbles(model, idx, budget)
+    counts, deleted = pictures.read_bubbles(model, idx, budget)
     want, gone = torch.ones(12, dtype=torch.long), torch.zeros(5, 12, dtype=torch.long)
     for l in range(5):
         if l in chosen:
@@ -70,9 +72,9 @@ def test_the_map_counts_every_stream_and_every_deletion(model, budget):
 
 def test_past_the_context_half_of_it_is_read_again(model):
     idx = torch.randint(40, (1, 31))
-    counts, _ = sample.read_bubbles(model, idx, 2.0)
+    counts, _ = pictures.read_bubbles(model, idx, 2.0)
     windows = ((0, 12), (6, 18), (12, 24), (18, 30), (24, 31))
-    parts = [sample.read_bubbles(model, idx[:, a:b], 2.0)[0] for a, b in windows]
+    parts = [pictures.read_bubbles(model, idx[:, a:b], 2.0)[0] for a, b in windows]
     assert torch.equal(counts, torch.cat([parts[0], *(part[:, 6:] for part in parts[1:])], dim=1))
 
 
@@ -116,9 +118,9 @@ def test_characters_are_shaded_by_their_streams_on_a_terminal_only(folder):
     _, model = train.load_checkpoint(Path("out/best.pt"), "cpu")
     text = without.split("\n" + "-" * 80)[0].encode()
     assert len(text) == 15                                            # bytes, none of them outside ASCII
-    counts = sample.read_bubbles(model.eval(), torch.tensor([list(text)]), None)[0, -1]
+    counts = pictures.read_bubbles(model.eval(), torch.tensor([list(text)]), None)[0, -1]
     for char, code, n in zip(shaded, codes, counts.tolist()):
-        assert code == ("" if char == "\n" else sample.SHADES[n - 1])
+        assert code == ("" if char == "\n" else pictures.SHADES[n - 1])
     assert len(set(counts.tolist())) > 1
     share = {int(n): int(x) for n, x in re.findall(r" (\d) +(\d+)%", plain.split("streams:")[1])}
     assert share == {n: round(100 * (counts == n).float().mean().item()) for n in set(counts.tolist())}
@@ -155,7 +157,7 @@ def test_every_figure_is_drawn_from_checkpoints(folder):
 
 def test_attention_is_averaged_over_the_right_streams(folder):
     """Block 2, head 1, by loops over originals and keys."""
-    s = train.read_flags(figures.Settings, ["--device", "cpu"], "")
+    s = read_flags(figures.Settings, ["--device", "cpu"], "")
     model = figures.load("out", "cpu")
     x = torch.from_numpy(np.frombuffer(VERSE.encode()[:32], np.uint8).astype(np.int64)).view(2, 16)
     result = figures.attention(dict(out_dir=model), x, x, s)["block 2"]
@@ -186,7 +188,7 @@ def test_spearman_shares_ranks_among_equals():
 
 
 def test_decoding_with_an_unscaled_budget_differs_and_the_cache_does_not(folder):
-    s = train.read_flags(figures.Settings, ["--device", "cpu"], "")
+    s = read_flags(figures.Settings, ["--device", "cpu"], "")
     models = {name: figures.load(out, "cpu") for name, out in (("out_dir", "out"), ("topk_dir", "out-topk"))}
     x = torch.from_numpy(np.frombuffer(VERSE.encode()[:34], np.uint8).astype(np.int64)).view(2, 17)
     result = figures.decoding(models, x[:, :-1], x[:, 1:], s)

@@ -1,7 +1,6 @@
 """The comparison of all rivals: `python -m pytest tests/test_compare.py`."""
 import json
 import math
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from experiments import bench, compare
 from tinybubbles import Cache, Config, Tinybubbles
+from tools.program import read_flags
 
 ARMS = "copy-2, last; bubbles, r = 1.5; bubbles, topk"
 
@@ -35,7 +35,7 @@ def go(tmp_path, monkeypatch):
 
 def model(arm):
     """The arm's untrained model, at 16 wide, and text for it (1, 16)."""
-    flags = train.read_flags(train.Settings, compare.ARMS[arm].flags.format(deep=4).split(), "")
+    flags = read_flags(train.Settings, compare.ARMS[arm].flags.format(deep=4).split(), "")
     layers = () if flags.fork_layers == () else (0, 1)
     torch.manual_seed(0)
     m = compare.ARMS[arm].build(Config(block_size=16, n_layer=3, n_head=2, n_embd=16, fork_layers=layers,
@@ -170,7 +170,7 @@ def test_decoding_predicts_every_token_from_those_before_it_alone():
 
 def test_the_deeper_gpt_has_the_flops_of_bubbles():
     for name, preset in compare.PRESETS.items():
-        s = train.read_flags(train.Settings, preset.flags.split(), "")
+        s = read_flags(train.Settings, preset.flags.split(), "")
         size = dict(block_size=s.block_size, n_head=s.n_head, n_embd=s.n_embd)
         bubbles = bench.flops(Config(n_layer=s.n_layer, fork_layers=s.fork_layers, **size), s.block_size, 2.0)
         blocks = compare.deep(preset.flags)
@@ -189,5 +189,5 @@ def test_bad_flags_are_refused(flags, named, capsys):
 
 def test_every_arm_has_a_curve_and_a_dial_it_was_trained_at():
     for name, arm in compare.ARMS.items():
-        settings = train.read_flags(train.Settings, arm.flags.format(deep=9).split(), "")
+        settings = read_flags(train.Settings, arm.flags.format(deep=9).split(), "")
         assert arm.curve in compare.CURVES and (arm.dials[0] in settings.budget or "GPT" in name)

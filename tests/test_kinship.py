@@ -10,12 +10,14 @@ import torch
 import sample
 import train
 from tasks import Kinship, Task, by_grade, kinship
+from tasks.text import encode
+from tools.program import read_flags
 
 FLAGS = "--dataset kinship --block_size 128 --eval_iters 8 --batch_size 16 --device cpu".split()
 
 
 def settings(*flags):
-    return train.read_flags(train.Settings, [*FLAGS, *flags], "")
+    return read_flags(train.Settings, [*FLAGS, *flags], "")
 
 
 def stories(n):
@@ -159,8 +161,8 @@ def test_a_small_kinship_is_learned(tmp_path, monkeypatch):
     for name, value in dict(PERSONS=3, NAMES=3, GENERATIONS=2, CHILDREN=2, GRADES=(1, 2)).items():
         monkeypatch.setattr(Kinship, name, value)
     torch.set_num_threads(1)
-    trainer = train.Trainer(settings(*("--n_layer 3 --n_head 2 --n_embd 32 --fork_layers 1,2 --batch_size 32 --max_iters "
-                                       "900 --learning_rate 4e-3 --min_lr 1e-4 --eval_interval 900").split()))
+    trainer = train.Trainer(settings(*("--n_layer 3 --n_head 2 --n_embd 32 --fork_layers 1,2 --batch_size 32 --min_lr 1e-4 "
+                                       "--max_iters 900 --learning_rate 4e-3 --eval_interval 900").split()))
     trainer.fit()
     accuracy, streams = by_grade(trainer.data, trainer.model.eval(), 2.0, trainer.device)
     assert (accuracy > 0.6).all() and (accuracy > guesses(trainer.data) + 0.25).all() and (streams >= 1).all()
@@ -204,17 +206,17 @@ def test_bad_settings_are_refused_in_one_sentence(flags, part, tmp_path, monkeyp
 
 def test_the_longest_string_of_a_vocabulary_is_taken_and_white_space_between_words_does_not_matter():
     spaced = ["ann ", "annie ", "? "]
-    assert sample.encode(b"annie\n ann?", ["ann", "annie", "\n ", "?"], 4) == [1, 2, 0, 3]
-    assert sample.encode(b"ann  annie\t?", spaced, 3) == [0, 1, 2] == sample.encode(b"ann annie?", spaced, 3)
-    assert [0, 1, 2] == sample.encode(b" ann annie ? ", spaced, 3)
-    assert sample.encode("h\u00e9!".encode(), ["!", "h", "\u00e9"], 3) == [1, 2, 0]
+    assert encode(b"annie\n ann?", ["ann", "annie", "\n ", "?"], 4) == [1, 2, 0, 3]
+    assert encode(b"ann  annie\t?", spaced, 3) == [0, 1, 2] == encode(b"ann annie?", spaced, 3)
+    assert [0, 1, 2] == encode(b" ann annie ? ", spaced, 3)
+    assert encode("h\u00e9!".encode(), ["!", "h", "\u00e9"], 3) == [1, 2, 0]
 
 
 @pytest.mark.parametrize("prompt, vocabulary, part", [
     ("ann is", ["ann "], "'is'"), ("anna", ["ann "], "'anna'"), ("ab", ["a", "bc"], "'b'"), ("a b", ["a", "b"], "' '")])
 def test_what_is_not_in_the_vocabulary_is_named(prompt, vocabulary, part, capsys):
     with pytest.raises(SystemExit) as end:
-        sample.encode(prompt.encode(), vocabulary, len(vocabulary))
+        encode(prompt.encode(), vocabulary, len(vocabulary))
     assert end.value.code == 2 and f"holds {part}, which is not in" in capsys.readouterr().err
 
 

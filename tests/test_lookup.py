@@ -5,6 +5,7 @@ import torch
 
 import train
 from tasks import Lookup, Task, by_grade
+from tools.program import read_flags
 
 FLAGS = ("--dataset lookup --n_layer 2 --n_head 1 --n_embd 16 --fork_layers 0,1 --learning_rate 1e-2 --min_lr 5e-4 "
          "--eval_iters 8 --batch_size 16 --device cpu").split()
@@ -18,7 +19,7 @@ def small(monkeypatch):
 
 
 def settings(*flags):
-    return train.read_flags(train.Settings, [*FLAGS, *flags], "")
+    return read_flags(train.Settings, [*FLAGS, *flags], "")
 
 
 def test_every_answer_says_the_values_of_its_list_in_order():

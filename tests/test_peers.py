@@ -12,6 +12,7 @@ from experiments import peers
 from test_tinybubbles import (layer_norm, log_softmax, oracle_choose, oracle_turn, random_model, split,
                               tokens)
 from tinybubbles import Cache, Config
+from tools.program import read_flags
 
 SMALL = dict(vocab_size=11, block_size=24, n_layer=2, n_head=2, n_embd=16, fork_layers=())
 RIVALS = {"last": peers.Copies, "mean": lambda config: peers.Copies(config, merge="mean"), "pauses": peers.Pauses,
@@ -276,7 +277,7 @@ def trainer_of(tmp_path, make, flags):
     """train.py's trainer on lookup, whose model is make(its model)."""
     argv = ("--dataset lookup --block_size 48 --n_layer 2 --n_head 1 --n_embd 16 --batch_size 2 --max_iters 2 "
             f"--eval_iters 1 --device cpu --out_dir {tmp_path} {flags}")
-    s = train.read_flags(train.Settings, argv.split(), "")
+    s = read_flags(train.Settings, argv.split(), "")
     trainer = train.Trainer(s)
     torch.manual_seed(s.seed)
     trainer.model = trainer.compiled = trainer.parallel = make(trainer.model)

@@ -13,6 +13,7 @@ import train
 from experiments.peers_latent import NOISE, PonderLM2, PonderLM3, RecurrentDepth, predict
 from test_tinybubbles import layer_norm, log_softmax, oracle_turn, tokens
 from tinybubbles import Config, Tinybubbles
+from tools.program import read_flags
 
 BUDGET = {RecurrentDepth: 3.0, PonderLM2: 2.0, PonderLM3: 4.0}
 LAYERS = {RecurrentDepth: 4, PonderLM2: 2, PonderLM3: 2}
@@ -206,7 +207,7 @@ def test_cached_is_full_however_the_text_is_cut_up(kind):
     rng = random.Random(0)
     for model in variants(kind):
         idx, streams = tokens(2, B=3, T=10), []
-        full, most = model(idx, streams=streams)[0], 0
+        full = model(idx, streams=streams)[0]
         for _ in range(2):
             cuts = sorted(rng.sample(range(1, 10), rng.randint(1, 5)))
             cache, seen, parts = model.new_cache(), [], []
@@ -236,7 +237,6 @@ def test_training_is_causal_too(kind):
     model = peer(kind).train()
     idx, targets = torch.arange(11).unsqueeze(0), torch.full((1, 11), -1)
     targets[0, 4] = 7
-    weight, model.wte.weight = model.wte.weight, torch.nn.Parameter(model.wte.weight.detach())
     inputs = []
     model.wte.register_forward_hook(lambda module, args, out: inputs.append(out) or out.retain_grad())
     model(idx, targets)[1].backward()
@@ -327,7 +327,7 @@ def test_generation_takes_the_likeliest_token_of_the_full_forward(kind):
 def test_a_step_and_an_evaluation_of_train_py(kind, tmp_path):
     flags = ("--dataset lookup --block_size 48 --n_layer 3 --n_head 1 --n_embd 16 --fork_layers none --batch_size 2 "
              f"--eval_iters 1 --device cpu --budget {BUDGET[kind]} --out_dir {tmp_path}").split()
-    s = train.read_flags(train.Settings, flags, "")
+    s = read_flags(train.Settings, flags, "")
     trainer = train.Trainer(s)
     model = trainer.model = trainer.compiled = trainer.parallel = kind(trainer.model.config)
     trainer.optimizer = train.make_optimizer(model, s, trainer.device)

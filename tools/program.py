@@ -1,0 +1,102 @@
+"""
+What every program here shares: its flags, which are the fields of a dataclass, how it refuses what it cannot do, the
+device and the processes it runs on, and how it writes a file.
+"""
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def refuse(message):
+    """End the program with one sentence and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+KINDS = {  # how each kind of flag is read, and what to say if it cannot be
+    "int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "text"),
+    "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    "ints": (lambda text: tuple(map(int, text.split(","))) if text != "none" else (), "numbers like 1,2, or none"),
+    "floats": (lambda text: tuple(map(float, text.split(","))), "a number, or several like 1,2.5"),
+}
+
+
+def knob(default, help, kind=None, low=None, alias=None):
+    """A field of a settings dataclass, which is also a flag: its kind, its lowest value, another name for it."""
+    kind = kind or type(default).__name__
+    return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, low=low, alias=alias))
+
+
+def read_value(f, text):
+    """The value of the flag for the dataclass field `f`."""
+    (parse, meaning), low = KINDS[f.metadata["kind"]], f.metadata["low"]
+    try:
+        value = parse(text)
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}") from None
+    for number in value if isinstance(value, tuple) else [value]:
+        if low is not None and not low <= number < (math.inf if isinstance(number, float) else 2 ** 63):
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}, and not boundless")
+    return value
+
+
+def read_flags(settings_class, argv, description, base=None):
+    """Read the flags of a settings dataclass: --key value or --key=value, _ or - in key. Bad ones are refused. What no
+    flag says is taken from `base`, a dict, else from the dataclass."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = refuse
+    for f in dataclasses.fields(settings_class):
+        names = dict.fromkeys(("--" + f.name, "--" + f.name.replace("_", "-"), "--" + (f.metadata["alias"] or f.name)))
+        default = argparse.SUPPRESS if f.default is None else f.default
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        implied = dict(nargs="?", const=True) if f.metadata["kind"] == "bool" else {}
+        parser.add_argument(*names, dest=f.name, help=f.metadata["help"], metavar=f.metadata["kind"].upper(),
+                            type=lambda text, f=f: read_value(f, text), default=default, **implied)
+    return settings_class(**vars(parser.parse_args(argv, argparse.Namespace(**base or {}))))
+
+
+def choose_device(name):
+    """The torch.device called `name`, if this machine has it; else a refusal."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        refuse(f"--device {name} is not on this machine; try --device cpu")
+
+
+def join_processes(device):
+    """(rank, number of processes, device) as torchrun has started them; without torchrun, (0, 1, device)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def write_atomically(path, write):
+    """Have `write(file)` fill a new file beside `path`, then put it in its place: whoever looks sees all or nothing,
+    after a crash too. A disk that is full, or cannot be written to, is a refusal, and what was there stays."""
+    scratch = path.with_name(path.name + ".new")
+    try:
+        with open(scratch, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        disk = error.__context__ if isinstance(error, RuntimeError) else error       # torch.save's own hides the disk's
+        reason = getattr(disk, "strerror", None) or str(error).splitlines()[0]
+        refuse(f"{path} cannot be written ({reason}), and what was there is kept; make room, then --resume")
