@@ -59,6 +59,14 @@ class Reader:
         self.model = model
 
 
+@pytest.mark.parametrize("arm", compare.ARMS)
+def test_a_training_step_waits_for_no_data_and_stays_on_its_device(arm):
+    """The device `meta` has shapes and no data: to wait for data, or to mix it with the CPU's tensors, is an error."""
+    m, idx = (part.to("meta") for part in model(arm))
+    m.train()(idx, idx)[1].backward()
+    assert m.wte.weight.grad.is_meta
+
+
 def test_a_smoke_run_writes_everything_and_a_second_one_trains_nothing(go, monkeypatch):
     result, text = go()
     assert len(result["runs"]) == 4 * 3 and not result["missing"] and "Missing" not in text

@@ -87,6 +87,18 @@ def test_a_fixed_cache_takes_one_token_at_a_time():
         model(tokens(0, T=2), cache=cache)
 
 
+def test_a_step_of_a_fixed_cache_waits_for_no_data_and_stays_on_its_device():
+    """The device `meta` has shapes and no data: to wait for data, or to mix it with the CPU's tensors, is an error."""
+    model, cache = random_model(0), Cache()
+    model(tokens(0, T=4), cache=cache)
+    cache.fix(12, 2.0)
+    cache.length, state = cache.length.to("meta"), (cache.kv, cache.count)
+    for tensors in state:
+        tensors.update({l: t.to("meta") for l, t in tensors.items()})
+    cache.extras = {l: tuple(t.to("meta") for t in pair) for l, pair in cache.extras.items()}
+    assert model.to("meta")(torch.zeros(2, 1, dtype=torch.long, device="meta"), cache=cache)[0].shape == (2, 1, 11)
+
+
 def test_compiled_generation_is_generation_and_compiles_once(monkeypatch):
     """Greedy, past block_size, so with several caches; traced without a break, run by the eager backend."""
     graphs = []
