@@ -340,7 +340,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, P, channel, rotation, append):
+    def forward(self, x, P, channel, rotation, append_kv):
         B, N, D = x.shape
         qkv = linear(x, self.qkv.weight).view(B, N, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)   # (3, B, H, N, d)
         qk, v = rotate(qkv[:2], *rotation), qkv[2]                                   # (2, B, H, N, d), (B, H, N, d)
@@ -348,7 +348,7 @@ class CausalSelfAttention(nn.Module):
             qk[..., -1] = channel
             v = (v * P.unsqueeze(1)).type_as(v)
         q, k = qk                                                                    # (B, H, N, d) each
-        k, v, mask = append(self.layer, k, v) if append else (k, v, None)            # (B, H, S, d) each
+        k, v, mask = append_kv(self.layer, k, v) if append_kv else (k, v, None)      # (B, H, S, d) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         return linear(y.transpose(1, 2).reshape(B, N, D), self.proj.weight)          # (B, N, D)
@@ -375,8 +375,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, P, channel, rotation, append):
-        x = torch.addcmul(x, P, self.drop(self.attn(self.ln_1(x), P, channel, rotation, append)))
+    def forward(self, x, P, channel, rotation, append_kv):
+        x = torch.addcmul(x, P, self.drop(self.attn(self.ln_1(x), P, channel, rotation, append_kv)))
         return torch.addcmul(x, P, self.drop(self.mlp(self.ln_2(x))))                # x + P * write, (B, N, D)
 
 
@@ -456,8 +456,8 @@ class Tinybubbles(nn.Module):
             if l == 0 or l in self.config.fork_layers:
                 rotation = rotary(tok, T, start, self.config.n_embd // self.config.n_head)
                 P, channel = logp.exp().unsqueeze(-1), self.score_channel(logp)      # (B, N, 1), (2, B, 1, N)
-                append = None if cache is None else cache.place(l, tok)
-            x = block(x, P, channel, rotation, append)
+                append_kv = None if cache is None else cache.place(l, tok)
+            x = block(x, P, channel, rotation, append_kv)
             if streams is not None:
                 streams.append((torch.where(tok < 0, -1, tok + start), logp))
         if cache is not None:

@@ -177,9 +177,9 @@ class VariantFork(Fork):
 class VariantAttention(CausalSelfAttention):
     """Attention with its values times what the block says, and its queries and keys in reach."""
 
-    def forward(self, x, P, channel, rotation, append):
+    def forward(self, x, P, channel, rotation, append_kv):
         self.read = x.detach(), channel, rotation
-        return super().forward(x, self.P, channel, rotation, append)
+        return super().forward(x, self.P, channel, rotation, append_kv)
 
     @property
     def qk(self):
@@ -193,10 +193,10 @@ class VariantAttention(CausalSelfAttention):
 class VariantBlock(Block):
     """A block whose values and writes are scaled by P, or not."""
 
-    def forward(self, x, P, channel, rotation, append):
+    def forward(self, x, P, channel, rotation, append_kv):
         one = torch.ones_like(P)
         self.attn.P = P if self.variant.values else one
-        self.out = super().forward(x, P if self.variant.writes else one, channel, rotation, append)
+        self.out = super().forward(x, P if self.variant.writes else one, channel, rotation, append_kv)
         return self.out                                                              # kept for `look`
 
 

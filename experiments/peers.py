@@ -42,11 +42,11 @@ def begin(model, idx, budget, routing, cache):
     return whole_budget(model.config.budget if budget is None else budget), start
 
 
-def run(blocks, x, rotation, append=None, channel=None):
+def run(blocks, x, rotation, append_kv=None, channel=None):
     """x (B, N, D) through blocks, with P = 1 and what the score channel of queries and keys holds, if anything."""
     P = x.new_ones(1, 1, 1)
     for block in blocks:
-        x = block(x, P, channel, rotation, append)
+        x = block(x, P, channel, rotation, append_kv)
     return x                                                                         # (B, N, D)
 
 
@@ -122,8 +122,8 @@ class Copies(ManyPositions):
         B, T = idx.shape
         x = self.drop(self.wte(idx)).repeat_interleave(n, 1)                         # (B, N, D)
         tok = torch.arange(T, device=idx.device).repeat_interleave(n)                # (N,)
-        append = None if cache is None else cache.place(0, tok.expand(B, -1))
-        x = run(self.blocks, x, self.angles(tok, T, start), append).unflatten(1, (T, n))   # (B, T, n, D)
+        append_kv = None if cache is None else cache.place(0, tok.expand(B, -1))
+        x = run(self.blocks, x, self.angles(tok, T, start), append_kv).unflatten(1, (T, n))   # (B, T, n, D)
         x = x[:, :, -1] if self.merge == "last" else x.sum(2)                        # (B, T, D)
         return self.predict(x, targets, tok + start, cache, streams)
 
@@ -146,8 +146,8 @@ class Pauses(ManyPositions):
         token = torch.arange(T, device=idx.device)                                   # (T,)
         tok = token.repeat_interleave(n)                                             # (N,)
         rotation = [angle.repeat_interleave(n, 2) for angle in self.angles(token, T, start)]
-        append = None if cache is None else cache.place(0, tok.expand(B, -1))
-        x = run(self.blocks, x, rotation, append)[:, n - 1::n]                        # (B, T, D)
+        append_kv = None if cache is None else cache.place(0, tok.expand(B, -1))
+        x = run(self.blocks, x, rotation, append_kv)[:, n - 1::n]                     # (B, T, D)
         return self.predict(x, targets, tok + start, cache, streams)
 
 
@@ -184,10 +184,10 @@ class RandomPauses(ManyPositions):
         place = None if cache is None else cache.place(0, tok.masked_fill(after > 0, -1).expand(B, -1))
         mask = self.mask(tok, after, start)                                          # (N, S + N)
 
-        def append(layer, k, v):
+        def append_kv(layer, k, v):
             k, v = (k, v) if place is None else place(layer, k, v)[:2]               # pauses are padding to the cache
             return k, v, mask.to(k.dtype)
-        x = run(self.blocks, x, rotation, append)
+        x = run(self.blocks, x, rotation, append_kv)
         x = x[:, T + M - 1::M] if M else x                                           # (B, T, D)
         return self.predict(x, targets, token.repeat_interleave(n) + start, cache, streams)
 

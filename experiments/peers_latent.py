@@ -56,9 +56,9 @@ class Sandwich(nn.Module):
         self.attn, self.mlp, self.drop = block.attn, block.mlp, block.drop
         self.norms = nn.ModuleList(nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(4))
 
-    def forward(self, x, P, channel, rotation, append):
+    def forward(self, x, P, channel, rotation, append_kv):
         before_attn, after_attn, before_mlp, after_mlp = self.norms
-        x = after_attn(x + self.drop(self.attn(before_attn(x), P, channel, rotation, append)))
+        x = after_attn(x + self.drop(self.attn(before_attn(x), P, channel, rotation, append_kv)))
         return after_mlp(x + self.drop(self.mlp(before_mlp(x))))                     # (B, T, D)
 
 
@@ -113,49 +113,49 @@ class RecurrentDepth(Tinybubbles):
 
     def read(self, idx, r, start, cache, drawn):
         """The final states (B, T, D) of the tokens idx (B, T) after r iterations."""
-        e, rotation, append = self.prelude(idx, start, cache)
+        e, rotation, append_kv = self.prelude(idx, start, cache)
         s = self.noise[start:start + idx.size(1)].expand_as(e)                       # (B, T, D)
         if drawn:
             s = nn.init.trunc_normal_(torch.empty_like(e, requires_grad=False), 0, NOISE, -3 * NOISE, 3 * NOISE)
         for i in range(r):
             with torch.set_grad_enabled(torch.is_grad_enabled() and (not drawn or i >= r - WITH_GRADIENT)):
-                s = run(self.blocks[1:-1], e + s, rotation, self.append_at(i, append, cache))
-        self.fill(r, append, cache, idx.size(1))
-        return self.coda(s, rotation, append)
+                s = run(self.blocks[1:-1], e + s, rotation, self.append_at(i, append_kv, cache))
+        self.fill(r, append_kv, cache, idx.size(1))
+        return self.coda(s, rotation, append_kv)
 
     def read_until_settled(self, idx, r, cache):
         """The final states (B, 1, D) of one token a row, idx (B, 1), and the iterations it took (B, 1), at most r."""
-        e, rotation, append = self.prelude(idx, cache.length, cache)
+        e, rotation, append_kv = self.prelude(idx, cache.length, cache)
         s, before = self.noise[cache.length - 1:cache.length].expand_as(e), None     # (B, 1, D)
         going, count = torch.ones_like(idx, dtype=torch.bool), torch.zeros_like(idx)           # (B, 1)
         for i in range(r):
-            new = run(self.blocks[1:-1], e + s, rotation, self.append_at(i, append, cache, going))
+            new = run(self.blocks[1:-1], e + s, rotation, self.append_at(i, append_kv, cache, going))
             s, count = torch.where(going.unsqueeze(-1), new, s), count + going
-            h = self.coda(s, rotation, append)
+            h = self.coda(s, rotation, append_kv)
             now, _ = predict(h, self.wte.weight, None)                               # (B, 1, V)
             if before is not None:
                 going = going & ((now.exp() * (now - before)).sum(-1) >= self.exit_kl)
             if not going.any():
                 break
             before = now
-        self.fill(i + 1, append, cache, 1)
+        self.fill(i + 1, append_kv, cache, 1)
         return h, count
 
     def prelude(self, idx, start, cache):
-        """e (B, T, D), the rotation and the `append` of these tokens, which are in the cache's length from now on."""
+        """e (B, T, D), the rotation and the `append_kv` of these tokens, now in the cache's length."""
         tok = torch.arange(idx.size(1), device=idx.device).expand_as(idx)            # (B, T)
         rotation = rotary(tok[:1], idx.size(1), start, self.config.n_embd // self.config.n_head)
-        append = None if cache is None else cache.place(0, tok)
+        append_kv = None if cache is None else cache.place(0, tok)
         if cache is not None:
             cache.length += idx.size(1)
         x = self.drop(self.wte(idx) * math.sqrt(self.config.n_embd))
-        return run(self.blocks[:1], x, rotation, append), rotation, append
+        return run(self.blocks[:1], x, rotation, append_kv), rotation, append_kv
 
-    def coda(self, s, rotation, append):
-        return self.ln_f(run(self.blocks[-1:], self.ln_s(s), rotation, append))      # (B, T, D)
+    def coda(self, s, rotation, append_kv):
+        return self.ln_f(run(self.blocks[-1:], self.ln_s(s), rotation, append_kv))   # (B, T, D)
 
-    def append_at(self, i, append, cache, going=None):
-        """The `append` of iteration i, which keeps keys and values apart from other iterations'. A token that left
+    def append_at(self, i, append_kv, cache, going=None):
+        """The `append_kv` of iteration i, which keeps keys and values apart from other iterations'. A token that left
         earlier stands there as of its latest iteration (section 6.1); going (B, T): the new ones that have not left."""
         def append_core(layer, k, v):
             latest = cache.kv.get((layer, i - 1))
@@ -164,14 +164,14 @@ class RecurrentDepth(Tinybubbles):
                 k, v = torch.where(going[:, None, :, None], torch.stack((k, v)), latest_kv)
             if latest is not None and (layer, i) not in cache.kv:
                 cache.kv[layer, i] = latest.clone()
-            return append((layer, i), k, v)
-        return append and append_core
+            return append_kv((layer, i), k, v)
+        return append_kv and append_core
 
-    def fill(self, i, append, cache, T):
+    def fill(self, i, append_kv, cache, T):
         """Have the last T tokens, which left after i iterations, stand in the cache's later ones as of their latest."""
         while cache is not None and (1, i) in cache.kv:
             for layer in range(1, self.config.n_layer - 1):
-                append((layer, i), *cache.kv[layer, i - 1][:, :, :, cache.length - T:cache.length])
+                append_kv((layer, i), *cache.kv[layer, i - 1][:, :, :, cache.length - T:cache.length])
             i += 1
 
     def flops(self, T, iterations, pairs):
@@ -262,9 +262,9 @@ class PonderLM2(Tinybubbles):
             streams.append(positions_run(count, start, K + 1))
         return result
 
-    def hidden(self, x, rotation, log_w, append=None):
+    def hidden(self, x, rotation, log_w, append_kv=None):
         """The normed final states (B, N, D) of slots that are fed x (B, N, D)."""
-        return self.ln_f(run(self.blocks, x, rotation, append, self.channel(log_w)))
+        return self.ln_f(run(self.blocks, x, rotation, append_kv, self.channel(log_w)))
 
     def rotation(self, T, start, device):
         """cos and sin (1, 1, T, d/2) of T tokens' positions, `start` before them."""
