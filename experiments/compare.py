@@ -1,5 +1,5 @@
 """
-Every rival in one table: python experiments/compare.py --preset cpu        (or smoke, gpu)
+Every rival in one table: python experiments/compare.py --preset cpu        (or smoke, long, gpu)
 
 Trains every arm on the same batches, first at every learning rate of one grid with the first seed, then at its best one
 with the others; skips what is done already (a JSON file a run), and starts nothing once --minutes are over. Then counts
@@ -39,13 +39,16 @@ CLOCKED, STEPS = 64, 4       # tokens generated, and training steps, in a turn o
 @dataclass
 class Preset:
     """How much of it: flags of train.py for every arm, the sweep's learning rates in the order tried (a run's last rate
-    is a twentieth of its highest), seeds, runs at a time, minutes after which none starts, turns of the clock."""
+    is a twentieth of its highest), seeds, runs at a time, minutes after which none starts, turns of the clock; the arms
+    that "all" stands for, () = all there are; and whether every arm begins as recurrent depth does."""
     flags: str
     rates: tuple
     seeds: tuple
     processes: int
     minutes: float
     rounds: int
+    arms: tuple = ()
+    large_start: bool = False
 
 
 PRESETS = {
@@ -53,6 +56,10 @@ PRESETS = {
                     "--max_iters 10 --warmup_iters 2 --eval_iters 2", (4e-3, 8e-3), (0, 1), 2, 5, 1),
     "cpu": Preset("--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
                   "--max_iters 400 --warmup_iters 40 --eval_iters 16", (8e-3, 4e-3, 2e-3), (0, 1, 2), 2, 50, 5),
+    "long": Preset("--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8 "
+                   "--max_iters 2000 --warmup_iters 100 --eval_iters 16", (8e-3, 4e-3, 2e-3), (0, 1, 2), 2, 60, 5,
+                   ("plain GPT", "deeper GPT", "copy-2, mean", "recurrent depth", "bubbles, random selection",
+                    "bubbles, r = 2", "bubbles, r = 4"), large_start=True),
     "gpu": Preset("--device cuda --block_size 256 --n_layer 6 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 32 --max_iters 500 --warmup_iters 50 --eval_iters 4", (2e-3, 4e-3, 1e-3), (0, 1, 2), 8,
                   17, 3),
@@ -180,7 +187,10 @@ def prepare(s, arm, rate, seed, out):
     """The Trainer of one run, with the arm's model."""
     trainer = train.Trainer(read_flags(train.Settings, [*flags_of(s, arm, rate, seed), "--out_dir", str(out)], ""))
     torch.manual_seed(seed)
-    model = ARMS[arm].build(trainer.model.config).to(trainer.device)
+    model = ARMS[arm].build(trainer.model.config)
+    if PRESETS[s.preset].large_start and arm != "recurrent depth":
+        peers.scale_start(model, model.config.n_layer)
+    model.to(trainer.device)
     trainer.model = trainer.compiled = trainer.parallel = model
     trainer.optimizer = train.make_optimizer(model, trainer.s, trainer.device)
     return trainer
@@ -378,7 +388,7 @@ formula of a budget used in full. Times: medians of {rounds} turns in one proces
 a token's at batch 1. Dial: bubbles' r, copies, positions of a token with its pauses or latent slots, iterations. Every
 arm: {steps} steps of {batch} windows, the same batches; its learning rate is the best of the third table's with seed
 {first}, whose run then counts as one of the seeds. Plain GPT: {blocks} blocks, width {width}, {heads} heads; deeper:
-{deep} blocks, for as many FLOPs as bubbles at r = 2. Machine: {machine}."""
+{deep} blocks, for as many FLOPs as bubbles at r = 2. Start: {start}. Machine: {machine}."""
 
 
 def note(s):
@@ -391,6 +401,7 @@ def note(s):
     return NOTE.format(windows=settings.eval_iters * settings.batch_size, T=settings.block_size, rounds=preset.rounds,
                        steps=settings.max_iters, batch=settings.batch_size, first=preset.seeds[0], machine=machine,
                        blocks=settings.n_layer, width=settings.n_embd, heads=settings.n_head,
+                       start="recurrent depth's, N(0, 2/5D), for every arm" if preset.large_start else "the arm's own",
                        deep=deep(base_flags(s))).replace("\n", " ")
 
 
@@ -431,7 +442,7 @@ def draw(points, title, path):
 @dataclass
 class Settings:
     preset: str = knob("cpu", ", ".join(PRESETS))
-    arms: str = knob("all", "all, or some names, separated by ;")
+    arms: str = knob("all", "all of the preset, or some names, separated by ;")
     dataset: str = knob("shakespeare", "train.py's")
     minutes: float = knob(None, "after which no run starts; default: the preset's", "float", low=0)
     processes: int = knob(None, "runs at a time; default: the preset's", "int", low=1)
@@ -443,7 +454,8 @@ def check(s):
     """The names of the arms, the plain GPT among them; refuses presets, arms and devices that aren't there."""
     if s.preset not in PRESETS:
         refuse(f"--preset must be one of {', '.join(PRESETS)}, not {s.preset!r}")
-    names = [BASE, *ARMS] if s.arms == "all" else [BASE, *(name.strip() for name in s.arms.split(";"))]
+    every = PRESETS[s.preset].arms or ARMS
+    names = [BASE, *(every if s.arms == "all" else map(str.strip, s.arms.split(";")))]
     for name in names:
         if name not in ARMS:
             refuse(f"--arms: there is no arm {name!r}; there are: {'; '.join(ARMS)}")

@@ -2,6 +2,7 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +66,21 @@ def test_a_training_step_waits_for_no_data_and_stays_on_its_device(arm):
     m, idx = (part.to("meta") for part in model(arm))
     m.train()(idx, idx)[1].backward()
     assert m.wte.weight.grad.is_meta
+
+
+def test_every_arm_of_the_long_preset_begins_alike(monkeypatch, tmp_path):
+    """Matrices begin as N(0, 2 / 5D), those that write to streams as N(0, 1 / 5DL), L the blocks that run."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("O for a Muse of fire, that would ascend the brightest heaven\n" * 60)
+    s = compare.Settings(preset="long", dataset="text.txt")
+    assert compare.check(s) == list(compare.PRESETS["long"].arms)
+    for arm in compare.check(s):
+        built = compare.prepare(s, arm, 1e-3, 0, "out").model
+        for name, p in built.named_parameters():
+            if p.dim() == 2 and "forks" not in name:
+                runs = dict.fromkeys(compare.ARMS, built.config.n_layer) | {"recurrent depth": 2 + 4 * 2}
+                std = (2 / 5 / 64) ** 0.5 / (2 * runs[arm]) ** (name.endswith("proj.weight") / 2)
+                assert p.std().item() == pytest.approx(std, rel=0.05), (arm, name)
 
 
 def test_a_smoke_run_writes_everything_and_a_second_one_trains_nothing(go, monkeypatch):
