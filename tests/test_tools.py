@@ -57,7 +57,7 @@ def run(script, *flags, ok=True, before=()):
 
 def as_main(script, flags, said):
     """Run a script as `python script flags` does; what it says goes to the file `said`."""
-    with open(said, "w") as file:
+    with open(said, "wb") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     sys.argv, sys.path[0] = [script, *flags], str(Path(script).parent)
@@ -65,13 +65,15 @@ def as_main(script, flags, said):
 
 
 def run_at_once(script, *flags):
-    """`run` in a process forked from one that has imported torch, which takes longer than all that follows."""
-    with tempfile.NamedTemporaryFile("r", suffix=".txt") as said:
+    """Run a script in a process forked from one that has imported torch, which takes longer than all that follows;
+    returns what it said."""
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as said:
         process = FORKS.Process(target=as_main, args=(str(ROOT / script), flags, said.name))
         process.start()
         process.join()
         text = said.read()
     assert process.exitcode == 0 and "Traceback" not in text, (script, flags, text)
+    return text
 
 
 def train_here(*flags):
@@ -80,7 +82,7 @@ def train_here(*flags):
 
 
 def test_a_run_leaves_a_checkpoint_a_log_a_picture_and_a_sample(folder):
-    out, _ = run("train.py", *TINY, "--dataset", "text.txt", "--max_iters", "5", "--budget", "1.5")
+    out = run_at_once("train.py", *TINY, "--dataset", "text.txt", "--max_iters", "5", "--budget", "1.5")
     assert len(re.findall(r"^step +\d+   loss .* ms .* tokens/s .* streams/token   ETA", out, flags=re.M)) == 5
     assert re.findall(r"^step +(\d+)   validation loss +\d", out, flags=re.M) == ["2", "4", "5"]
     summary = dict(re.findall(r"^(\w+): +(.+)$", out.split("-" * 80)[-1], flags=re.M))
@@ -99,12 +101,13 @@ def test_the_sampler_streams_the_prompt_and_its_continuation(folder):
     train_here()
     Path("prompt.txt").write_text("caf\u00e9", "utf-8")
     flags = ["--max_new_tokens", "40", "--device", "cpu"]
-    both, _ = run("sample.py", *flags, "--prompt", "FILE:prompt.txt", "--num-samples=2", "--seed", "5", "--budget", "1")
-    second, _ = run("sample.py", *flags, "--start=caf\u00e9", "--seed", "6", "--budget", "1.0")
+    flags_both = "--prompt FILE:prompt.txt --num-samples=2 --seed 5 --budget 1".split()
+    both = run_at_once("sample.py", *flags, *flags_both)
+    second = run_at_once("sample.py", *flags, "--start=caf\u00e9", "--seed", "6", "--budget", "1.0")
     line = "\n" + "-" * 80 + "\n"
     assert both.startswith("caf\u00e9") and both.split(line)[1] == second.split(line)[0]
     assert re.search(r"^80 tokens, \d+ tokens/s, 1.00 streams per token at budget 1, on cpu$", both, flags=re.M)
-    greedy = [run("sample.py", *flags, "--temperature", "0", "--seed", seed)[0].split(line)[0] for seed in "01"]
+    greedy = [run_at_once("sample.py", *flags, "--temperature", "0", "--seed", seed).split(line)[0] for seed in "01"]
     assert greedy[0] == greedy[1]
 
 
@@ -133,7 +136,8 @@ def readme_commands():
     text = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "experiments/README.md"))
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("#")[0].split("&&")]
-    return [line for line in dict.fromkeys(lines) if re.match(r"python (train|sample)\.py|python experiments/|python -m torch", line)]
+    ours = r"python (train|sample)\.py|python experiments/|python -m torch"
+    return [line for line in dict.fromkeys(lines) if re.match(ours, line)]
 
 
 def test_every_command_of_the_readme_runs(folder):
