@@ -35,8 +35,8 @@ MICRO = dict(n_layer=3, n_head=2, n_embd=32, fork_layers=[1, 2])
 TINY = dict(n_layer=6, n_head=4, n_embd=128, fork_layers=[1, 2])
 SMALL = dict(n_layer=6, n_head=4, n_embd=256, fork_layers=[1, 2])
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, fork_layers=[3, 7])
-PRESETS = {   # train: model, batch, lengths; decode, compiled: models, batches, contexts; processor: rows that only a CPU
-              # has; words: of the merge's vocabulary; rounds: turns of the rivals
+PRESETS = {   # train: model, batch, lengths; decode, compiled: models, batches, contexts; processor: rows for CPUs
+              # alone; words: of the merge's vocabulary; rounds: turns of the rivals
     "smoke": dict(train=(MICRO, 1, (32, 64)), decode=((MICRO,), (1, 2), (32, 48)), compiled=((), (), ()),
                   processor=True, words=300, rounds=2),
     "cpu": dict(train=(SMALL, 1, (128, 256, 512, 1024)), decode=((TINY, SMALL, GPT2), (1,), (256, 1024, 4096)),
