@@ -18,6 +18,7 @@ import torch
 import sample
 import train
 from tasks.text import decoder
+from tools.program import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 --max_iters 24 "
@@ -237,6 +238,38 @@ def test_the_batches_of_a_step_differ_from_each_other_and_the_dropout_repeats():
     train_here("--out_dir", "two", "--max_iters", "2", "--gradient_accumulation_steps", "2")
     weights = [checkpoint(f"{out}/ckpt.pt")["model"] for out in ("one", "again", "two")]
     assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+
+
+def trainer(*flags):
+    return train.Trainer(read_flags(train.Settings, [*TINY, *flags], ""))
+
+
+def test_a_step_takes_the_learning_rate_of_its_place_in_the_schedule():
+    one = trainer("--max_iters", "20", "--warmup_iters", "5")
+    for step in (0, 3, 12, 19):
+        one.train_step(step)
+        assert {group["lr"] for group in one.optimizer.param_groups} == {train.learning_rate(step, one.s)}
+
+
+def test_the_gradient_is_clipped_to_its_norm_and_not_at_all_at_0():
+    norm = {}
+    for clip in ("0", "0.01"):
+        one = trainer("--grad_clip", clip)
+        one.train_step(0)
+        norm[clip] = torch.stack([p.grad.norm() for p in one.model.parameters()]).norm().item()
+    assert norm["0"] > 0.02 and norm["0.01"] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_dropout_differs_from_step_to_step_and_from_batch_to_batch(monkeypatch):
+    """The same batch always, weights that stand still: only dropout can change the loss."""
+    one = trainer("--dropout", "0.5", "--learning_rate", "0", "--min_lr", "0", "--budget", "2")
+    batch = one.data.train_batch(np.random.default_rng(0))
+    monkeypatch.setattr(one.data, "train_batch", lambda rng: batch)
+    losses = [one.train_step(step)[0].item() for step in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+    two = trainer(*"--dropout 0.5 --learning_rate 0 --min_lr 0 --budget 2 --gradient_accumulation_steps 2".split())
+    monkeypatch.setattr(two.data, "train_batch", lambda rng: batch)
+    assert two.train_step(0)[0].item() != pytest.approx(losses[0], rel=1e-6)
 
 
 # -- a folder of tokens ----------------------------------------------------------------------------------------------
