@@ -260,6 +260,16 @@ def test_the_gradient_is_clipped_to_its_norm_and_not_at_all_at_0():
     assert norm["0"] > 0.02 and norm["0.01"] == pytest.approx(0.01, rel=1e-3)
 
 
+def test_windows_are_drawn_from_the_first_token_to_the_last():
+    class Ends:
+        def integers(self, high, size):
+            return np.array([0, high - 1])
+
+    data = trainer().data
+    idx, targets = data.train_batch(Ends())
+    assert (idx[0] == data.train[:16]).all() and (targets[1] == data.train[-16:]).all()
+
+
 def test_dropout_differs_from_step_to_step_and_from_batch_to_batch(monkeypatch):
     """The same batch always, weights that stand still: only dropout can change the loss."""
     one = trainer("--dropout", "0.5", "--learning_rate", "0", "--min_lr", "0", "--budget", "2")
