@@ -74,24 +74,21 @@ class Arm:
 
     flags: of train.py, after the preset's; {deep}: blocks that make a GPT's FLOPs those of bubbles at r = 2. dials:
     budgets to evaluate; the first is the table's, and its loss chooses the learning rate. build: the model of a Config.
-    cached: False if later tokens change earlier ones, so that every step reads all anew."""
+    cached: False if later tokens change earlier ones, so that every step reads all anew. large_start: with the matrices
+    of recurrent depth, in every preset."""
     curve: str
     flags: str
     dials: tuple
     build: object = Tinybubbles
     cached: bool = True
-
-
-def large_start(config):
-    """A Tinybubbles that begins with the matrices of recurrent depth."""
-    return peers.scale_start(Tinybubbles(config), config.n_layer)
+    large_start: bool = False
 
 
 NONE, LAST, MEAN = "--fork_layers none ", partial(peers.Copies, merge="last"), partial(peers.Copies, merge="mean")
 ARMS = {
     "plain GPT": Arm("GPT", NONE, (1,)),
     "deeper GPT": Arm("GPT", NONE + "--n_layer {deep}", (1,)),
-    "plain GPT, large start": Arm("GPT, large start", NONE, (1,), large_start),
+    "plain GPT, large start": Arm("GPT, large start", NONE, (1,), large_start=True),
     "copy-2, last": Arm("copies, last", NONE + "--budget 2", (2,), LAST),
     "copy-4, last": Arm("copies, last", NONE + "--budget 4", (4,), LAST),
     "copy-2, mean": Arm("copies, mean", NONE + "--budget 2", (2,), MEAN),
@@ -109,7 +106,7 @@ ARMS = {
                                    lambda config: peers.no_attenuation(Tinybubbles(config))),
     "bubbles, r = 1.5": Arm("bubbles", "--budget 1.5", (1.5,)),
     "bubbles, r = 2": Arm("bubbles", "--budget 2", (2,)),
-    "bubbles, r = 2, large start": Arm("bubbles, large start", "--budget 2", (2,), large_start),
+    "bubbles, r = 2, large start": Arm("bubbles, large start", "--budget 2", (2,), large_start=True),
     "bubbles, r = 4": Arm("bubbles", "--budget 4", (4,)),
     "bubbles, elastic": Arm("bubbles, elastic", "--budget 1,1.5,2,3,4", (2, 1, 1.5, 3, 4)),
     "bubbles, topk": Arm("bubbles, topk", "--budget 2 --routing topk", (2,), cached=False),
@@ -188,7 +185,7 @@ def prepare(s, arm, rate, seed, out):
     trainer = train.Trainer(read_flags(train.Settings, [*flags_of(s, arm, rate, seed), "--out_dir", str(out)], ""))
     torch.manual_seed(seed)
     model = ARMS[arm].build(trainer.model.config)
-    if PRESETS[s.preset].large_start and arm != "recurrent depth":
+    if (PRESETS[s.preset].large_start or ARMS[arm].large_start) and arm != "recurrent depth":   # begins so itself
         peers.scale_start(model, model.config.n_layer)
     model.to(trainer.device)
     trainer.model = trainer.compiled = trainer.parallel = model

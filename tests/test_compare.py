@@ -68,13 +68,14 @@ def test_a_training_step_waits_for_no_data_and_stays_on_its_device(arm):
     assert m.wte.weight.grad.is_meta
 
 
-def test_every_arm_of_the_long_preset_begins_alike(monkeypatch, tmp_path):
+def test_every_arm_of_the_long_preset_and_those_of_a_large_start_begin_alike(monkeypatch, tmp_path):
     """Matrices begin as N(0, 2 / 5D), those that write to streams as N(0, 1 / 5DL), L the blocks that run."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("O for a Muse of fire, that would ascend the brightest heaven\n" * 60)
-    s = compare.Settings(preset="long", dataset="text.txt")
+    s, cpu = (compare.Settings(preset=preset, dataset="text.txt") for preset in ("long", "cpu"))
     assert compare.check(s) == list(compare.PRESETS["long"].arms)
-    for arm in compare.check(s):
+    large = [(cpu, arm) for arm in ("plain GPT, large start", "bubbles, r = 2, large start")]
+    for s, arm in [*((s, arm) for arm in compare.check(s)), *large]:
         built = compare.prepare(s, arm, 1e-3, 0, "out").model
         for name, p in built.named_parameters():
             if p.dim() == 2 and "forks" not in name:
