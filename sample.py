@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tasks.text import decoder, encode
-from tools.pictures import count_streams, legend, plot, read_bubbles, shade
+from tools.pictures import legend, plot, read_bubbles, shade
 from tools.program import choose_device, knob, read_flags, refuse
 from train import load_checkpoint
 
@@ -58,25 +58,21 @@ def read_prompt(prompt, vocabulary):
 
 
 def write_sample(model, prompt, vocabulary, s, seed):
-    """Print one sample as it is made. A token's streams are known when it is read, one step after it was drawn, so the
-    last step's own is not used. Returns the text's tokens, and the streams of all tokens read in the last block."""
-    device, text, tokens, read, streams = model.wte.weight.device, decoder(vocabulary), list(prompt), [], []
+    """Print one sample as it is made; with --show_bubbles when it is made, as its last streams are known only then.
+    Returns the text's tokens, and the streams of each in the last block."""
+    device, text = model.wte.weight.device, decoder(vocabulary)
     idx = torch.tensor([prompt], device=device)
-    shades = read_bubbles(model, idx, s.budget)[0, -1].tolist() if s.show_bubbles else [1] * len(prompt)
-    print("".join(map(shade, map(text, prompt), shades)), end="", flush=True)
-    steps = model.generate_steps(idx, s.max_new_tokens + 1, temperature=s.temperature, top_k=s.top_k, budget=s.budget,
-                                 generator=torch.Generator(device).manual_seed(seed), streams=streams,
-                                 compile=s.compile)
-    for i, token in enumerate(steps):
-        read.append(count_streams(streams)[-1])
-        streams.clear()
-        if i:
-            n = int(read[-1][-1])
-            shades.append(n)
-            print(shade(text(tokens[-1]), n if s.show_bubbles else 1), end="", flush=True)
-        tokens.append(token.item())
+    write = lambda token: print(text(token), end="", flush=True)
+    for token in prompt * (not s.show_bubbles):
+        write(token)
+    idx = model.generate(idx, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, budget=s.budget,
+                         generator=torch.Generator(device).manual_seed(seed), compile=s.compile,
+                         show=None if s.show_bubbles else lambda token: write(token.item()))
+    shades = read_bubbles(model, idx, s.budget)[0, -1].tolist()
+    if s.show_bubbles:
+        print("".join(shade(text(token), n) for token, n in zip(idx[0].tolist(), shades)), end="")
     print(text(None) + "\n" + (legend(shades) + "\n") * s.show_bubbles + "-" * 80, flush=True)
-    return tokens[:-1], torch.cat(read)
+    return idx[0].tolist(), shades
 
 
 def main(argv):
@@ -91,8 +87,8 @@ def main(argv):
     started = time.perf_counter()
     samples = [write_sample(model, prompt, vocabulary, s, seed) for seed in range(s.seed, s.seed + s.num_samples)]
     made, seconds = s.num_samples * s.max_new_tokens, time.perf_counter() - started
-    streams = torch.cat([read for _, read in samples]).float().mean()
-    print(f"{made} tokens, {made / seconds:.0f} tokens/s, {streams:.2f} streams per token "
+    streams = [n for _, shades in samples for n in shades]
+    print(f"{made} tokens, {made / seconds:.0f} tokens/s, {sum(streams) / len(streams):.2f} streams per token "
           f"at budget {s.budget or model.config.budget:g}, on {model.wte.weight.device}")
     if s.plot:
         plot(s.plot, model, samples[0][0], vocabulary, s.budget)

@@ -1,8 +1,8 @@
 """
 Train a model: python train.py --dataset shakespeare        (every knob: python train.py --help)
 
-The batch, the dropout and the budget of a step depend on the seed, the step and the batch's number alone: a run that
-was interrupted and continued with --resume ends as one that was not, and any number of processes train alike.
+Whatever is drawn at random in a step depends on the seed, the step and the batch's number alone: a run that was
+interrupted and continued with --resume ends as one that was not, and any number of processes train alike.
 """
 import contextlib
 import csv
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from tasks import make_data
-from tinybubbles import Config, Tinybubbles
+from tinybubbles import Config, PaperTinybubbles, Tinybubbles
 from tools.pictures import draw_loss
 from tools.program import choose_device, join_processes, knob, read_flags, refuse, write_atomically
 
@@ -39,13 +39,11 @@ class Settings:
     n_embd: int = knob(128, "width of a residual stream", low=1)
     fork_layers: tuple = knob((1, 2), "fork before these blocks, counted from 0; none = a plain GPT", "ints")
     budget: tuple = knob((2.0,), "streams per token; several = elastic training, one drawn per step", "floats", low=1)
-    routing: str = knob("causal", "causal, or topk: the paper's, which looks at later tokens")
-    form: str = knob("ours", "ours, or paper: originals fade, log P / sqrt(d), no margin, large fork embedding")
-    merge: str = knob(None, "residual (ours, the authors' code) or probability (paper); default: the form's", "str")
+    paper: bool = knob(False, "the paper's model: originals fade, selection looks at later tokens, so no cache")
     dropout: float = knob(0.0, "share of activations dropped in training", low=0)
     batch_size: int = knob(8, "windows per batch; a step has one batch of each process", low=1)
     gradient_accumulation_steps: int = knob(1, "batches of each process per step, one after the other", low=1)
-    max_iters: int = knob(2000, "steps", low=0)
+    max_iters: int = knob(3000, "steps", low=0)
     learning_rate: float = knob(4e-3, "highest learning rate", low=0)
     min_lr: float = knob(2e-4, "lowest learning rate, at the end of the decay", low=0)
     warmup_iters: int = knob(100, "steps of linear warm-up", low=0)
@@ -63,6 +61,24 @@ class Settings:
     compile: bool = knob(False, "torch.compile the model: slow to start, faster then")
 
 
+def make_model(config, paper):
+    """The model that --paper chooses."""
+    return PaperTinybubbles(config) if paper else Tinybubbles(config)
+
+
+@torch.no_grad()
+def measure_bars(model, texts, budgets):
+    """Set the bars of `budgets` by the texts, a list of idx (B, T). What a fork layer is offered depends on the bars of
+    those before it, so all texts are read once for each. The paper's model has no bars."""
+    model.forks.train()
+    for budget in budgets if model.causal else ():
+        for _ in model.forks:
+            for idx in texts:
+                model(idx, budget=budget)
+            model.update_bars(len(texts), rate=1.0)
+    model.forks.train(model.training)
+
+
 def load_checkpoint(path, device):
     """A checkpoint that train.py wrote, a dict, and its model; or a refusal. No code inside the file is run."""
     if not path.is_file():
@@ -75,7 +91,7 @@ def load_checkpoint(path, device):
         for part, kind in (("config", Config), ("settings", Settings)):
             if checkpoint[part].keys() != {f.name for f in dataclasses.fields(kind)}:
                 raise ValueError(f"its {part} are another version's")
-        model = Tinybubbles(Config(**checkpoint["config"])).to(device)
+        model = make_model(Config(**checkpoint["config"]), checkpoint["settings"]["paper"]).to(device)
         model.load_state_dict(checkpoint["model"])
         if checkpoint["vocabulary"] is None and model.config.vocab_size != 256:
             raise ValueError(f"its {model.config.vocab_size} tokens are not bytes")
@@ -86,10 +102,8 @@ def load_checkpoint(path, device):
 
 
 def make_optimizer(model, s, device):
-    """AdamW over every parameter exactly once; only matrices decay."""
+    """AdamW over every parameter; only matrices decay."""
     matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
-    if sorted(map(id, matrices + vectors)) != sorted(map(id, model.parameters())):
-        raise RuntimeError("the optimizer must hold every parameter exactly once")
     groups = [dict(params=matrices, weight_decay=s.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=device.type == "cuda")
 
@@ -112,56 +126,49 @@ class Trainer:
         if s.dtype not in ("auto", "float32", "bfloat16"):
             refuse(f"--dtype must be auto, float32 or bfloat16, not {s.dtype!r}")
         self.half = s.dtype == "bfloat16" or s.dtype == "auto" and self.device.type == "cuda"
-        if self.rank:
-            dist.barrier()                                            # the first process makes the data for all
-        self.data = make_data(s)
-        if self.world > 1 and not self.rank:
-            dist.barrier()
+        for turn in range(self.world):                                # the first process makes the data for all
+            if turn == self.rank:
+                self.data = make_data(s)
+            if self.world > 1:
+                dist.barrier()
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}
+        shared |= dict(budget=max(s.budget), bars=Config.bars + s.budget, vocab_size=self.data.vocab_size)
+        torch.manual_seed(s.seed)
         try:
-            config = Config(**shared | dict(budget=max(s.budget), vocab_size=self.data.vocab_size))
+            self.model = make_model(Config(**shared), s.paper).to(self.device)
         except ValueError as error:
             refuse(str(error))
-        torch.manual_seed(s.seed)
-        self.model = Tinybubbles(config).to(self.device)
         self.compiled = self.model
         if s.compile:
             torch._dynamo.config.recompile_limit = 100                # a graph for each budget, trained and evaluated
             self.compiled = torch.compile(self.model)
         parallel = torch.nn.parallel.DistributedDataParallel
-        self.parallel = parallel(self.compiled) if self.world > 1 else self.compiled
+        self.parallel = parallel(self.compiled, broadcast_buffers=False) if self.world > 1 else self.compiled
         self.optimizer = make_optimizer(self.model, s, self.device)
         self.start, self.val_loss, self.best = 0, math.inf, math.inf
         self.batches = self.world * s.gradient_accumulation_steps                    # per step
+        if saved and saved["batches"] != self.batches:
+            refuse(f"--resume needs {saved['batches']} batches per step as before, processes times "
+                   f"--gradient_accumulation_steps, not {self.batches}")
         if saved:
-            self.restore(saved)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.start, self.val_loss, self.best = saved["step"], saved["val_loss"], saved["best_val_loss"]
         if not self.rank:
             self.open_log()
 
-    def restore(self, saved):
-        """Go on from a checkpoint."""
-        if saved["batches"] != self.batches:
-            refuse(f"--resume needs {saved['batches']} batches per step as before, processes times "
-                   f"--gradient_accumulation_steps, not {self.batches}")
-        self.model.load_state_dict(saved["model"])
-        try:
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.start, self.val_loss, self.best = saved["step"], saved["val_loss"], saved["best_val_loss"]
-        except (KeyError, ValueError, TypeError) as error:
-            refuse(f"--resume cannot go on from ckpt.pt: its optimizer state is not this model's ({error})")
-
     def open_log(self):
         """Open log.csv with the whole rows of the steps before this run's first, if there are any."""
-        path, rows = self.out / "log.csv", [",".join(LOG_COLUMNS)]
+        path, rows = self.out / "log.csv", []
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             refuse(f"--out_dir {self.s.out_dir!r} cannot be written to ({error.strerror}); name another folder")
         if self.start and path.exists():
-            whole = path.read_text("utf-8", errors="replace").rpartition("\n")[0].splitlines()
-            steps = [line.partition(",")[0] for line in whole]
-            rows += [line for line, step in zip(whole, steps) if step.isdigit() and int(step) <= self.start]
-        write_atomically(path, lambda file: file.write(("\n".join(rows) + "\n").encode()))
+            rows = [row.split(",") for row in path.read_text("utf-8", errors="replace").splitlines()]
+        rows = [row for row in rows if len(row) == len(LOG_COLUMNS) and row[0].isdigit() and int(row[0]) <= self.start]
+        kept = "".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *rows])
+        write_atomically(path, lambda file: file.write(kept.encode()))
         self.log = csv.DictWriter(open(path, "a", buffering=1, newline=""), LOG_COLUMNS, lineterminator="\n")
 
     def loss(self, model, batch, budget, streams=None):
@@ -171,7 +178,7 @@ class Trainer:
             return model(idx, targets, budget=budget, streams=streams)[1]
 
     def mean(self, values):
-        """The mean of a tensor over the processes."""
+        """The mean of a tensor over the processes, which holds their sum from then on."""
         if self.world > 1:
             dist.all_reduce(values)
         return values / self.world
@@ -180,12 +187,12 @@ class Trainer:
         """One update. What it depends on: the weights, the seed, the step and each batch's number. Returns the loss of
         this process's batches and the last block's tok of the last one."""
         s, n, total, streams = self.s, self.s.gradient_accumulation_steps, 0.0, []
-        budget = float(np.random.default_rng((s.seed, step, 0, 1)).choice(s.budget))
+        budget = float(self.random(step, purpose=1).choice(s.budget))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
         self.optimizer.zero_grad()
         for number in range(self.rank * n, (self.rank + 1) * n):
-            rng = np.random.default_rng((s.seed, step, number))
+            rng = self.random(step, number)
             batch = self.data.train_batch(rng)
             torch.manual_seed(int(rng.integers(2 ** 63)))             # dropout's
             wait = self.world > 1 and number < (self.rank + 1) * n - 1
@@ -196,7 +203,14 @@ class Trainer:
         if s.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
         self.optimizer.step()
+        for fork in self.model.forks.values():
+            self.mean(fork.error)
+        self.model.update_bars(self.batches)
         return total, streams[-1][0]
+
+    def random(self, step, number=0, purpose=0):
+        """A generator: of a step's batch and its dropout (purpose 0), its budget (1), the texts for bars (2)."""
+        return np.random.default_rng((self.s.seed, step, number, purpose))
 
     @torch.no_grad()
     def evaluate(self, budget):
@@ -220,6 +234,10 @@ class Trainer:
     def checkpoint(self, step):
         """Evaluate; save ckpt.pt, and best.pt if no loss was lower so far; show a sample."""
         self.model.eval()
+        most = 2.0 ** len(self.model.forks)
+        texts = [self.data.train_batch(self.random(step, number, 2))[0] for number in range(4)]
+        others = {r for r in self.model.config.bars if r <= most} - {min(r, most) for r in self.s.budget}
+        measure_bars(self.model, [torch.from_numpy(idx).to(self.device) for idx in texts], others)
         losses = {budget: self.evaluate(budget) for budget in self.s.budget}
         self.say(f"step {step:6d}   validation loss   " + "   ".join(f"{losses[r]:.4f} (budget {r:g})" for r in losses))
         self.val_loss = check_finite(losses[self.model.config.budget], step)

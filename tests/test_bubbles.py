@@ -14,7 +14,7 @@ import torch
 
 import sample
 import train
-from experiments import decode_loss, figures
+from experiments import figures
 from tinybubbles import Config, Tinybubbles
 from tools import pictures
 from tools.program import read_flags
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     os.chdir(folder)
     Path("text.txt").write_text(VERSE * 20, "utf-8")
     for out, flags in {"out": "--budget 1.5", "out-gpt": "--fork_layers none", "out-elastic": "--budget 1,2",
-                       "out-topk": "--form paper --routing topk"}.items():
+                       "out-topk": "--paper"}.items():
         train.main([*TINY, "--fork_layers", "1,2", *flags.split(), "--out_dir", out])
     yield folder
     os.chdir(here)
@@ -45,7 +45,7 @@ def model():
     model = Tinybubbles(Config(vocab_size=40, block_size=12, n_embd=16, n_head=2, n_layer=5, fork_layers=(1, 3, 4)))
     for fork in model.forks.values():
         torch.nn.init.normal_(fork.score.weight)
-        fork.margin = 0.0
+        fork.bar.fill_(-1.0)
     return model.eval()
 
 
@@ -54,10 +54,11 @@ def test_the_map_counts_every_stream_and_every_deletion(model, budget):
     """Against what each fork layer chose, kept and forked, read from the mask of its survivors."""
     idx, chosen = torch.randint(40, (1, 12)), {}
     for l, fork in model.forks.items():
-        def gather(x, tok, candidates, survives, size, fork=fork, l=int(l)):
-            chosen[l] = tok[0], survives[0, 0::2], survives[0, 1::2]
-            return type(fork).gather(fork, x, tok, candidates, survives, size)
-        fork.gather = gather
+        def select(logp, stays, streams, *rest, fork=fork, l=int(l)):
+            survives = type(fork).select(fork, logp, stays, streams, *rest)
+            chosen[l] = streams.tok[0], survives[0, 0::2], survives[0, 1::2]
+            return survives
+        fork.select = select
     counts, deleted = pictures.read_bubbles(model, idx, budget)
     want, gone = torch.ones(12, dtype=torch.long), torch.zeros(5, 12, dtype=torch.long)
     for l in range(5):
@@ -185,16 +186,3 @@ def test_spearman_shares_ranks_among_equals():
     rank = [[(v < x).sum() + ((v == x).sum() - 1) / 2 for x in v] for v in (a, b)]
     assert figures.spearman(a, b) == pytest.approx(np.corrcoef(*rank)[0, 1])
     assert figures.spearman(a, a ** 3) == pytest.approx(1) and math.isnan(figures.spearman(a * 0, b))
-
-
-def test_decoding_with_an_unscaled_budget_differs_and_the_cache_does_not(folder):
-    s = read_flags(figures.Settings, ["--device", "cpu"], "")
-    models = {name: figures.load(out, "cpu") for name, out in (("out_dir", "out"), ("topk_dir", "out-topk"))}
-    x = torch.from_numpy(np.frombuffer(VERSE.encode()[:34], np.uint8).astype(np.int64)).view(2, 17)
-    result = figures.decoding(models, x[:, :-1], x[:, 1:], s)
-    ways = result["trained with causal"]
-    cached, full = (ways["causal, " + name]["loss"] for name in ("cached, token by token", "teacher-forced"))
-    assert cached == pytest.approx(full, abs=1e-4)
-    losses, _ = decode_loss.measure(models["topk_dir"], x[:, :-1], x[:, 1:], None)
-    scaled, fixed = (losses["topk, token by token, " + name] for name in ("recomputed", "budget not scaled"))
-    assert (scaled - fixed)[:, -1].abs().max() < 1e-6 and (scaled - fixed)[:, :-1].abs().max() > 1e-4

