@@ -1,6 +1,4 @@
 """Seeing bubbles: sample.py's shading and map, and the figures: `python -m pytest tests/test_bubbles.py`."""
-import json
-import math
 import os
 import pty
 import re
@@ -8,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +14,6 @@ import train
 from experiments import figures
 from tinybubbles import Config, Tinybubbles
 from tools import pictures
-from tools.program import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset text.txt --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 30 --device "
@@ -146,43 +142,10 @@ def test_the_map_is_drawn_and_a_bad_path_is_refused_before_anything_is_done(fold
         assert end.value.code == 2 and out == "" and repr(bad) in err and len(err.splitlines()) == 1
 
 
-def test_every_figure_is_drawn_from_checkpoints(folder):
-    for name in figures.FIGURES:
-        figures.main(["--figure", name, "--dataset", "text.txt", "--windows", "4", "--results", "results"])
-        assert Path(f"results/{name}.png").stat().st_size > 10000
-        assert json.loads(Path(f"results/{name}.json").read_text())["windows"] == 4
-    with pytest.raises(SystemExit) as end:
-        figures.main(["--figure", "no"])
-    assert end.value.code == 2
-
-
-def test_attention_is_averaged_over_the_right_streams(folder):
-    """Block 2, head 1, by loops over originals and keys."""
-    s = read_flags(figures.Settings, ["--device", "cpu"], "")
-    model = figures.load("out", "cpu")
-    x = torch.from_numpy(np.frombuffer(VERSE.encode()[:32], np.uint8).astype(np.int64)).view(2, 16)
-    result = figures.attention(dict(out_dir=model), x, x, s)["block 2"]
-    streams, sums = [], {kind: [] for kind in result}
-    model(x, streams=streams)
-    q, k = model.blocks[2].attn.qk
-    for row in range(2):
-        tok = [t for t in streams[2][0][row].tolist() if t >= 0]
-        for i, t in enumerate(tok):
-            logits = (k[row, 1, :i + 1] @ q[row, 1, i]) / math.sqrt(8)
-            kinds = {"a fork of its own": [j for j in range(i) if tok[j] == t], "itself": [i],
-                     "a stream of the token before": [j for j in range(i) if tok[j] == t - 1],
-                     "another earlier stream": [j for j in range(i) if tok[j] < t - 1]}
-            if all(kinds.values()) and (i + 1 == len(tok) or tok[i + 1] != t):
-                for kind, keys in kinds.items():
-                    sums[kind].append(logits.softmax(0)[keys].mean().item())
-    for kind, heads in result.items():
-        assert heads[1] == pytest.approx(np.mean(sums[kind]), abs=1e-5)
-
-
-def test_spearman_shares_ranks_among_equals():
-    """Against Pearson's correlation of ranks counted by hand: below, and half of the equals."""
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(4, size=50), rng.integers(9, size=50) + rng.integers(4, size=50)
-    rank = [[(v < x).sum() + ((v == x).sum() - 1) / 2 for x in v] for v in (a, b)]
-    assert figures.spearman(a, b) == pytest.approx(np.corrcoef(*rank)[0, 1])
-    assert figures.spearman(a, a ** 3) == pytest.approx(1) and math.isnan(figures.spearman(a * 0, b))
+def test_the_picture_of_the_method_is_drawn_from_what_fork_layers_do(folder):
+    rows = figures.worked_example()
+    assert [tok for tok, _, _ in rows] == [[0, 1, 2, 3], [0, 0, 1, 2, 2, 3], [0, 0, 1, 2, 3, 3]]
+    assert rows[2][1] == pytest.approx([.56, 1, 1, 1, .8, 1], rel=1e-4)
+    assert rows[2][2] == [(0, False), (1, False), (2, False), (4, False), (5, True), (5, False)]
+    figures.main(["--results", "results"])
+    assert Path("results/method.png").stat().st_size > 10000
