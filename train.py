@@ -235,7 +235,7 @@ class Trainer:
         """Evaluate; save ckpt.pt, and best.pt if no loss was lower so far; show a sample."""
         self.model.eval()
         most = 2.0 ** len(self.model.forks)
-        texts = [self.data.train_batch(self.random(step, number, 2))[0] for number in range(8)]
+        texts = [self.data.train_batch(self.random(step, number, 2))[0] for number in range(4)]
         others = {r for r in self.model.config.bars if r <= most} - {min(r, most) for r in self.s.budget}
         measure_bars(self.model, [torch.from_numpy(idx).to(self.device) for idx in texts], others)
         losses = {budget: self.evaluate(budget) for budget in self.s.budget}
