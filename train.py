@@ -118,9 +118,10 @@ def learning_rate(step, s):
 
 class Trainer:
     """One run: everything that the Settings `s` describe, built, trained and written to out_dir. `saved` is the
-    checkpoint to go on from. Under torchrun every process has a Trainer, and the first one writes."""
+    checkpoint to go on from; `make` makes the model of a Config and --paper. Under torchrun every process has a Trainer,
+    and the first one writes."""
 
-    def __init__(self, s, saved=None):
+    def __init__(self, s, saved=None, make=make_model):
         self.s, self.out, self.stop, self.pending = s, Path(s.out_dir), False, []
         self.rank, self.world, self.device = join_processes(choose_device(s.device))
         if s.dtype not in ("auto", "float32", "bfloat16"):
@@ -135,7 +136,7 @@ class Trainer:
         shared |= dict(budget=max(s.budget), bars=Config.bars + s.budget, vocab_size=self.data.vocab_size)
         torch.manual_seed(s.seed)
         try:
-            self.model = make_model(Config(**shared), s.paper).to(self.device)
+            self.model = make(Config(**shared), s.paper).to(self.device)
         except ValueError as error:
             refuse(str(error))
         self.compiled = self.model
@@ -231,13 +232,17 @@ class Trainer:
             if self.best == math.inf:                                 # never evaluated: a best.pt is an older run's
                 (self.out / "best.pt").unlink(missing_ok=True)
 
-    def checkpoint(self, step):
-        """Evaluate; save ckpt.pt, and best.pt if no loss was lower so far; show a sample."""
-        self.model.eval()
+    def measure_bars(self, step):
+        """Set the bars of the budgets that are not trained, by the same few batches in every process."""
         most = 2.0 ** len(self.model.forks)
         texts = [self.data.train_batch(self.random(step, number, 2))[0] for number in range(4)]
         others = {r for r in self.model.config.bars if r <= most} - {min(r, most) for r in self.s.budget}
         measure_bars(self.model, [torch.from_numpy(idx).to(self.device) for idx in texts], others)
+
+    def checkpoint(self, step):
+        """Evaluate; save ckpt.pt, and best.pt if no loss was lower so far; show a sample."""
+        self.model.eval()
+        self.measure_bars(step)
         losses = {budget: self.evaluate(budget) for budget in self.s.budget}
         self.say(f"step {step:6d}   validation loss   " + "   ".join(f"{losses[r]:.4f} (budget {r:g})" for r in losses))
         self.val_loss = check_finite(losses[self.model.config.budget], step)

@@ -1,0 +1,379 @@
+"""
+Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or departures, text, long, gpu)
+
+Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at the
+best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped goes on
+from its last checkpoint. Then PRESET.json, .md and .png are written to --results, of whatever is done by then:
+validation loss, its paired difference to the plain GPT, FLOPs as PyTorch counts them, and times, measured in turns.
+
+An arm is a line of ARMS: flags of train.py, the budgets it is evaluated at, and a class of rivals.py at the most.
+"""
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from experiments import rivals  # noqa: E402
+from experiments.bench import shortest  # noqa: E402
+from tasks.plays import shakespeare  # noqa: E402
+from tinybubbles import Cache, PaperTinybubbles, Tinybubbles  # noqa: E402
+from tools.program import knob, read_flags, refuse, write_atomically  # noqa: E402
+from train import Settings as TrainSettings  # noqa: E402
+from train import Trainer  # noqa: E402
+
+
+@dataclasses.dataclass
+class Arm:
+    """flags: of train.py, after the preset's; {deeper}, {wider}: the preset's. budgets: to evaluate; the first decides
+    the learning rate. make: the model of a Config, if not Tinybubbles. curve: arms of one curve are joined."""
+    flags: str
+    budgets: tuple = (2,)
+    make: object = Tinybubbles
+    curve: str = ""
+
+
+GPT, PLAIN = "plain GPT", "--fork_layers none "
+ARMS = {
+    GPT: Arm(PLAIN, (1,)),
+    "deeper GPT": Arm(PLAIN + "--n_layer {deeper}", (1,)),
+    "wider GPT": Arm(PLAIN + "--n_embd {wider}", (1,)),
+    "copy-2": Arm(PLAIN, (2,), rivals.Copies),
+    "copy-2, last": Arm(PLAIN, (2,), rivals.LastCopy),
+    "pauses": Arm(PLAIN, (2,), rivals.Pauses),
+    "random pauses": Arm(PLAIN, (2, 1, 4), rivals.RandomPauses),
+    "recurrent depth": Arm(PLAIN + "--budget 4", (4, 1, 2, 8), rivals.RecurrentDepth),
+    "PonderLM-2": Arm(PLAIN, (2,), rivals.PonderLM2),
+    "PonderLM-3": Arm(PLAIN + "--budget 4", (4, 1, 2), rivals.PonderLM3),
+    "random selection": Arm("", (2,), rivals.RandomSelection),
+    "no attenuation": Arm("", (2,), rivals.NoAttenuation),
+    "bubbles, r = 1.25": Arm("--budget 1.25", (1.25,), curve="bubbles"),
+    "bubbles, r = 1.5": Arm("--budget 1.5", (1.5,), curve="bubbles"),
+    "bubbles, r = 2": Arm("", (2,), curve="bubbles"),
+    "bubbles, r = 4": Arm("--budget 4", (4,), curve="bubbles"),
+    "bubbles, elastic": Arm("--budget 1,1.5,2,4", (2, 1, 1.5, 4)),
+    "the paper's model": Arm("--paper", (2,), PaperTinybubbles),
+    "the authors' code": Arm("--paper", (2,), lambda config: PaperTinybubbles(config, merge="residual")),
+    "a margin for old forks": Arm("", (2,), rivals.Margin),
+    "log P undivided": Arm("", (2,), rivals.Undivided),
+    "a small fork embedding": Arm("", (2,), rivals.SmallEmbedding),
+    "all three": Arm("", (2,), rivals.AllThree),
+}
+COLORS = {name: color for names, color in (
+    ((GPT, "deeper GPT", "wider GPT"), "#000000"), (("copy-2", "copy-2, last"), "#e69f00"),
+    (("pauses", "random pauses"), "#009e73"), (("recurrent depth",), "#cc79a7"),
+    (("PonderLM-2", "PonderLM-3"), "#d55e00"), (("bubbles", "bubbles, elastic"), "#0072b2")) for name in names}
+
+
+@dataclasses.dataclass
+class Preset:
+    """flags of train.py for every arm; the arms, () = all; how many seeds, from 0; learning rates in the order tried (a
+    run's lowest is a twentieth of it); the steps to evaluate after, the last one being the run's end."""
+    flags: str
+    arms: tuple
+    seeds: int
+    rates: tuple
+    marks: tuple
+    deeper: int = 7       # blocks of a GPT of as many FLOPs as bubbles at r = 2
+    wider: int = 88       # the same, as its width
+
+
+SMALL = "--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8"
+PRESETS = {
+    "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
+                    "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
+                    (4e-3,), (5, 10)),
+    "departures": Preset(SMALL, (GPT, "bubbles, r = 2", "a margin for old forks", "log P undivided",
+                                 "a small fork embedding", "all three", "the paper's model", "the authors' code"), 10,
+                         (4e-3, 8e-3), (2000,)),
+    "text": Preset(SMALL, tuple(ARMS)[:18], 10, (4e-3, 8e-3), (2000,)),
+    "long": Preset(SMALL, (GPT, "deeper GPT", "copy-2", "random selection", "bubbles, r = 2"), 5, (4e-3,),
+                   (2000, 5000, 10000, 20000, 40000)),
+    "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
+                  "--batch_size 32 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
+                  (1000, 3000), deeper=14, wider=528),
+}
+
+
+@dataclasses.dataclass
+class Job:
+    """One run: a preset's arm at a learning rate with a seed."""
+    preset: str
+    arm: str
+    rate: float
+    seed: int
+    folder: str
+
+    def flags(self):
+        p = PRESETS[self.preset]
+        own = ARMS[self.arm].flags.format(deeper=p.deeper, wider=p.wider)
+        return (f"{p.flags} {own} --max_iters {p.marks[-1]} --learning_rate {self.rate} --min_lr {self.rate / 20} "
+                f"--seed {self.seed}")
+
+    def path(self):
+        """Of its JSON; two presets whose flags agree share a run."""
+        name = "".join(c if c.isalnum() else "_" for c in self.arm)
+        return Path(self.folder) / f"{name}_{self.seed}_{zlib.crc32(self.flags().encode()):08x}.json"
+
+    def done(self):
+        """What the run's JSON says, if it is whole."""
+        run = json.loads(self.path().read_text()) if self.path().exists() else {}
+        return run if str(PRESETS[self.preset].marks[-1]) in run.get("loss", {}) else None
+
+    def trainer(self):
+        """The Trainer, at the run's last checkpoint."""
+        out = self.path().with_suffix("")
+        s = read_flags(TrainSettings, [*self.flags().split(), "--out_dir", str(out)], "")
+        saved = torch.load(out / "ckpt.pt", s.device, weights_only=True) if (out / "ckpt.pt").exists() else None
+        return Trainer(s, saved, lambda config, paper: ARMS[self.arm].make(config))
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+def train(job):
+    """Make the run, in this process, on one thread."""
+    torch.set_num_threads(1)
+    trainer, path, marks = job.trainer(), job.path(), PRESETS[job.preset].marks
+    run = dict(arm=job.arm, rate=job.rate, seed=job.seed, flags=job.flags(), loss={},
+               parameters=sum(p.numel() for p in trainer.model.parameters()))
+    run = json.loads(path.read_text()) if trainer.start else run
+    for step in range(trainer.start, marks[-1] + 1):
+        if step in marks:
+            run["loss"][step] = losses(trainer, ARMS[job.arm], step)
+            write_atomically(path, lambda file: file.write(json.dumps(run).encode()))
+        if step % 1000 == 0 or step == marks[-1]:
+            trainer.save("ckpt.pt", step)
+        if step < marks[-1]:
+            trainer.train_step(step)
+    return job
+
+
+@torch.no_grad()
+def losses(trainer, arm, step):
+    """Validation loss at each of the arm's budgets, in nats per target, each prediction made from the tokens before it
+    alone; if later tokens change earlier ones, also the loss that all tokens in one forward pass would have."""
+    trainer.model.eval()
+    trainer.measure_bars(step)
+    found = {f"{budget:g}": trainer.evaluate(float(budget)) for budget in arm.budgets}
+    if not trainer.model.causal:
+        found = {"in one pass": found[f"{arm.budgets[0]:g}"],
+                 **{f"{budget:g}": true_path_loss(trainer, float(budget)) for budget in arm.budgets}}
+    trainer.model.train()
+    return found
+
+
+def true_path_loss(trainer, budget):
+    """Each token predicted by a forward pass of its own, as the paper's model generates."""
+    total, n = 0.0, trainer.s.eval_iters
+    for i in range(n):
+        idx, targets = trainer.data.val_batch(i)
+        for t in range(1, trainer.data.T + 1):
+            last = np.where(np.arange(t) == t - 1, targets[:, :t], -1)
+            total += trainer.loss(trainer.model, (idx[:, :t], last), budget).item()
+    return total / n / trainer.data.T
+
+
+# -- FLOPs and clocks of trained models -------------------------------------------------------------------------------
+
+@torch.no_grad()
+def decode(model, idx, budget):
+    """Read idx (B, T) token by token as `generate` does: log-probabilities (B, T, V)."""
+    cache, parts = Cache() if model.causal else None, []
+    for t in range(idx.size(1)):
+        read = idx[:, t:t + 1] if model.causal else idx[:, :t + 1]
+        parts.append(model(read, budget=budget, cache=cache)[0][:, -1:])
+    return torch.cat(parts, 1)
+
+
+def count_flops(function):
+    """FLOPs of the matrix products of a call, a multiply and an add each."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return counter.get_total_flops()
+
+
+def measure(jobs):
+    """For each arm, a job of it that is done: FLOPs per token of training (the mean of 8 steps) and of generating at
+    each budget; and, as multiples of the plain GPT's, the shortest times of five turns of a step and of 32 tokens."""
+    torch.set_num_threads(1)
+    trainers, found = {job.arm: job.trainer() for job in jobs}, {}
+    for arm, trainer in trainers.items():
+        model, T = trainer.model.eval(), trainer.data.T
+        idx = torch.from_numpy(trainer.data.val_batch(0)[0][:1]).to(trainer.device)
+        found[arm] = dict(flops={f"{budget:g}": count_flops(lambda: decode(model, idx, float(budget))) / T
+                                 for budget in ARMS[arm].budgets})
+
+    def clock(name, function):
+        times = shortest([lambda t=t, arm=arm: function(t, ARMS[arm]) for arm, t in trainers.items()], 5,
+                         next(iter(trainers.values())).device)
+        for arm, seconds in zip(trainers, times):
+            found[arm][name] = seconds / times[0]                     # the plain GPT comes first
+    tokens = lambda trainer: torch.from_numpy(trainer.data.val_batch(0)[0][:1, :32]).to(trainer.device)
+    clock("token_time", lambda trainer, arm: decode(trainer.model, tokens(trainer), float(arm.budgets[0])))
+    for arm, trainer in trainers.items():
+        trainer.model.train()
+        eight_steps = count_flops(lambda: [trainer.train_step(step) for step in range(8)])
+        found[arm]["train_flops"] = eight_steps / 8 / trainer.s.batch_size / trainer.data.T
+    clock("step_time", lambda trainer, arm: trainer.train_step(0))
+    return found
+
+
+# -- statistics, table, picture ---------------------------------------------------------------------------------------
+
+def interval(values):
+    """Mean, and half the width of its 95 % interval by Student's t, for any number of values; NaN for one."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), math.nan
+    angle = np.linspace(0, math.pi / 2, 1_000_001)                    # t = sqrt(n - 1) tan(angle)
+    area = np.cumsum(np.cos(angle) ** (n - 2))
+    t = math.sqrt(n - 1) * math.tan(angle[np.searchsorted(area, 0.95 * area[-1])])
+    return float(np.mean(values)), t * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def show(values, sign=""):
+    mean, half = interval(values)
+    return f"{mean:{sign}.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
+
+
+def by_seed(runs, arm, mark, budget):
+    """The arm's loss at a budget after `mark` steps, {seed: loss}."""
+    return {run["seed"]: run["loss"][str(mark)][budget] for run in runs if run["arm"] == arm}
+
+
+def less(runs, arm, other, mark, budget):
+    """Loss of the arm at a budget less that of another at its own first, of each seed that both have: a list."""
+    mine, theirs = by_seed(runs, arm, mark, budget), by_seed(runs, other, mark, f"{ARMS[other].budgets[0]:g}")
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def write_table(path, runs, found, marks, about):
+    """A row for each arm and budget, after the last step; and the differences after earlier ones."""
+    BUBBLES = "bubbles, r = 2"
+    lines = ["| | budget | seeds | rate | parameters | loss | less the plain GPT's | less bubbles', r = 2 | training "
+             "MFLOPs per token | MFLOPs of a generated token | time of a step | of a token |", "|" + "---|" * 12]
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        one = next(run for run in runs if run["arm"] == arm)
+        for budget in one["loss"][str(marks[-1])]:
+            loss, m = list(by_seed(runs, arm, marks[-1], budget).values()), found.get(arm, {})
+            first = budget == f"{ARMS[arm].budgets[0]:g}"
+            pairs = [less(runs, arm, other, marks[-1], budget) for other in (GPT, BUBBLES)]
+            cells = [arm, budget, len(loss), f"{one['rate']:g}", f"{one['parameters']:,}", show(loss),
+                     *(show(pair, "+") if pair and any(pair) else "" for pair in pairs),
+                     f"{m['train_flops'] / 1e6:.2f}" if m and first else "",
+                     f"{m['flops'][budget] / 1e6:.2f}" if budget in m.get("flops", {}) else "",
+                     *(f"{m[key]:.2f}" if m and first else "" for key in ("step_time", "token_time"))]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    for mark in marks[:-1]:
+        lines += ["", f"After {mark} steps, loss less the plain GPT's: " + "; ".join(
+            f"{arm} {show(less(runs, arm, GPT, mark, f'{ARMS[arm].budgets[0]:g}'), '+')}"
+            for arm in dict.fromkeys(run["arm"] for run in runs) if arm != GPT) + "."]
+    path.write_text("\n".join([*lines, "", about]) + "\n", encoding="utf-8")
+
+
+def draw(path, runs, found, marks):
+    """With one mark, the loss against the FLOPs of a generated token; with several, the difference to the plain GPT
+    after each. Bars and bands: 95 % intervals of the paired difference to the plain GPT."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5.5), layout="constrained", facecolor="white")
+    axes, curves, shapes = figure.subplots(), {}, iter("osD^v<>Ph*Xp" * 3)
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = curves.setdefault(ARMS[arm].curve or arm, [])
+        if len(marks) > 1:
+            budget = f"{ARMS[arm].budgets[0]:g}"
+            own += [(mark, *interval(less(runs, arm, GPT, mark, budget))) for mark in marks]
+        elif arm in found:
+            own += [(found[arm]["flops"][budget] / 1e6, np.mean(list(by_seed(runs, arm, marks[-1], budget).values())),
+                     interval(less(runs, arm, GPT, marks[-1], budget))[1]) for budget in found[arm]["flops"]]
+    for name, points in curves.items():
+        x, y, half = np.array(sorted(points)).T.reshape(3, -1)
+        style = dict(color=COLORS.get(name, "#56b4e9"), marker=next(shapes), markersize=6, label=name)
+        if len(marks) > 1:
+            axes.plot(x, y, **style)
+            axes.fill_between(x, y - half, y + half, color=style["color"], alpha=0.15)
+        else:
+            axes.errorbar(x, y, yerr=np.nan_to_num(half), capsize=3, linewidth=1, **style)
+    axes.set_xscale("log")
+    axes.set(**(dict(xlabel="step", ylabel="validation loss less the plain GPT's (nats)") if len(marks) > 1 else
+                dict(xlabel="MFLOPs of a generated token", ylabel="validation loss (nats per byte)")))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+# -- all of it --------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Settings:
+    preset: str = knob("smoke", "; ".join(f"{name}: {len(p.arms)} arms, {p.seeds} seeds, {p.marks[-1]} steps"
+                                          for name, p in PRESETS.items()))
+    runs: str = knob("out-compare", "where runs go, to be continued or summed up")
+    results: str = knob(str(ROOT / "experiments" / "results"), "where the table, its JSON and the picture go")
+    processes: int = knob(os.cpu_count(), "runs at a time, on one thread each", low=1)
+    train: bool = knob(True, "false: sum up what is done")
+
+
+def train_all(s, jobs):
+    """Make the runs that are not done, some at a time."""
+    with ProcessPoolExecutor(s.processes, multiprocessing.get_context("spawn")) as pool:
+        for made in as_completed([pool.submit(train, job) for job in jobs if not job.done()]):
+            job = made.result()
+            print(f"{job.arm}, rate {job.rate:g}, seed {job.seed}: {job.done()['loss']}", flush=True)
+
+
+def best_rate(jobs):
+    """Of an arm's jobs, one a rate: the rate of the lowest loss; None while one is not done."""
+    runs = [job.done() for job in jobs]
+    if not all(runs):
+        return None
+    budget = f"{ARMS[jobs[0].arm].budgets[0]:g}"
+    loss = [list(run["loss"].values())[-1][budget] for run in runs]
+    return jobs[int(np.nanargmin(loss))].rate
+
+
+def main(argv):
+    s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
+    if s.preset not in PRESETS:
+        refuse(f"--preset must be one of {', '.join(PRESETS)}, not {s.preset!r}")
+    p, results = PRESETS[s.preset], Path(s.results)
+    for folder in (s.runs, s.results):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    shakespeare(Path("data") / "shakespeare.txt")                     # once, before several processes want it
+    sweep = {arm: [Job(s.preset, arm, rate, 0, s.runs) for rate in p.rates] for arm in p.arms}
+    if s.train:
+        train_all(s, [job for jobs in sweep.values() for job in jobs])
+    rates = {arm: rate for arm, jobs in sweep.items() if (rate := best_rate(jobs))}
+    jobs = [Job(s.preset, arm, rate, seed, s.runs) for seed in range(p.seeds) for arm, rate in rates.items()]
+    if s.train:
+        train_all(s, jobs)
+    done = [job for job in jobs if job.done()]
+    runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
+    found = measure([job for job in done if job.seed == 0])
+    machine = torch.cuda.get_device_name() if "cuda" in p.flags else f"{platform.machine()}, {os.cpu_count()} cores"
+    about = (f"Nats per byte of the plays, ± half a 95 % interval over seeds 0 to {p.seeds - 1} (Student's t); "
+             f"differences are paired: same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; rates "
+             f"{', '.join(f'{rate:g}' for rate in p.rates)}, the best with seed 0. FLOPs as PyTorch counts them, empty "
+             "room in caches included; times as multiples of the plain GPT's, the shortest of five turns on one "
+             f"thread. {machine}, PyTorch {torch.__version__}, Python {platform.python_version()}.")
+    whole = dict(about=about, missing=[f"{job.arm}, seed {job.seed}" for job in jobs if job not in done], runs=runs,
+                 measured=found)
+    write_atomically(results / f"{s.preset}.json", lambda file: file.write(json.dumps(whole, indent=1).encode()))
+    write_table(results / f"{s.preset}.md", runs, found, p.marks, about)
+    draw(results / f"{s.preset}.png", runs, found, p.marks)
+    print((results / f"{s.preset}.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
