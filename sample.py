@@ -91,7 +91,8 @@ def main(argv):
     print(f"{made} tokens, {made / seconds:.0f} tokens/s, {sum(streams) / len(streams):.2f} streams per token "
           f"at budget {s.budget or model.config.budget:g}, on {model.wte.weight.device}")
     if s.plot:
-        plot(s.plot, model, samples[0][0], vocabulary, s.budget)
+        words = [(lambda text: text(token) + text(None))(decoder(vocabulary)) for token in samples[0][0]]
+        plot(s.plot, model, samples[0][0], words, s.budget)
 
 
 if __name__ == "__main__":

@@ -91,14 +91,15 @@ class Preset:
 
 
 SMALL = "--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8"
+RATES = 4e-3, 2e-3, 8e-3
 PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
     "departures": Preset(SMALL, (GPT, "bubbles, r = 2", "a margin for old forks", "log P undivided",
                                  "a small fork embedding", "all three", "the paper's model", "the authors' code"), 10,
-                         (4e-3, 8e-3), (2000,)),
-    "text": Preset(SMALL, tuple(ARMS)[:18], 10, (4e-3, 8e-3), (2000,)),
+                         RATES, (2000,)),
+    "text": Preset(SMALL, tuple(ARMS)[:18], 10, RATES, (2000,)),
     "long": Preset(SMALL, (GPT, "deeper GPT", "copy-2", "random selection", "bubbles, r = 2"), 5, (4e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
@@ -306,6 +307,8 @@ def draw(path, runs, found, marks):
         else:
             axes.errorbar(x, y, yerr=np.nan_to_num(half), capsize=3, linewidth=1, **style)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set(**(dict(xlabel="step", ylabel="validation loss less the plain GPT's (nats)") if len(marks) > 1 else
                 dict(xlabel="MFLOPs of a generated token", ylabel="validation loss (nats per byte)")))
     axes.grid(alpha=0.3)

@@ -123,7 +123,7 @@ class RandomPauses(Pauses):
             row = (cache.length + torch.arange(T * M, device=idx.device)).unsqueeze(1)            # (N, 1), own slots
             hidden = (i >= s.t[0].unsqueeze(1)) & (i <= row - after.unsqueeze(1)) | (i > row)     # (N, S)
             s.mask = torch.where(hidden, -math.inf, 0.0).to(s.mask)
-            x = self.run(self.pause.expand(len(idx), T * M, -1), s, cache)[:, M - 1::M]
+            x = self.run(self.pause.repeat(len(idx), T * M, 1), s, cache)[:, M - 1::M]
             cache.held[0] -= T * M                                                   # forget the pauses
         return self.result(self.log_probs(x, targets), targets)
 
@@ -296,7 +296,7 @@ class PonderLM2(Rival):
             runs = log_w[..., k] >= math.log(1e-4)                                   # (B, 1)
             if not runs.any():
                 break
-            logp = torch.where(runs, 0.0, PADDING)
+            logp = torch.where(runs, 0.0, PADDING).to(x)
             s = Streams(tok, logp, 1, torch.full_like(tok, t), self.frequency, cache, 0)
             x = self.hidden(x, s, log_w[..., k], cache)                              # (B, 1, D)
             if k == 0:

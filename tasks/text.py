@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tasks.lookup import Lookup
 from tasks.plays import shakespeare
 from tools.program import refuse
 
@@ -71,16 +72,14 @@ def decoder(vocabulary):
 
 def encode(prompt, vocabulary, vocab_size):
     """The tokens of the prompt's bytes, a list (see `decoder`), or a refusal. At each place the longest string of the
-    vocabulary is taken. If all end in spaces, words may stand any white space apart, and . and ? right behind one."""
+    vocabulary is taken."""
     if vocabulary is None:
         return list(prompt)
     try:
         text = prompt.decode()
-        spaced = bool(vocabulary) and all(word.endswith(" ") for word in vocabulary)
-        text = " ".join(re.sub(r"[.?]", r" \g<0>", text).split() + [""]) if spaced else text
         number = {word: token for token, word in enumerate(vocabulary)}
         longest_first = map(re.escape, sorted(filter(None, number), key=len, reverse=True))
-        pattern = "|".join([*longest_first, r"\S+" if spaced else "."])            # last: what no string matches
+        pattern = "|".join([*longest_first, "."])                     # last: what no string matches
         parts = re.findall(pattern, text, re.DOTALL) if vocabulary else text.split()
         tokens = [number[part] if vocabulary else int(part) for part in parts]
     except UnicodeDecodeError:
@@ -133,3 +132,13 @@ class Text:
                                 generator=generator)
         text = "".join(map(decoder(self.vocabulary), [*tokens[0].tolist(), None]))
         return "\n".join(["-" * 80, text.strip("\n"), "-" * 80])
+
+
+def make_data(s):
+    """What --dataset names, a Text or a Lookup, or a refusal. Both have T (tokens in a row), vocab_size, vocabulary,
+    size (in words), train_batch, val_batch and report."""
+    if s.dataset == "lookup":
+        return Lookup(s)
+    if s.dataset != "shakespeare" and not Path(s.dataset).exists():
+        refuse(f"--dataset must be shakespeare, lookup, a file or a folder, and there is no {s.dataset!r}")
+    return Text(s)

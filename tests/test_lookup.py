@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train
-from tasks import Lookup, Task, by_grade
+from tasks.lookup import Lookup
 from tools.program import read_flags
 
 FLAGS = ("--dataset lookup --n_layer 2 --n_head 1 --n_embd 16 --fork_layers 0,1 --learning_rate 1e-2 --min_lr 5e-4 "
@@ -24,28 +24,28 @@ def settings(*flags):
 
 def test_every_answer_says_the_values_of_its_list_in_order():
     """Read the tokens back by hand; the order of a list matters, and a list longer than m is not read."""
-    data = Lookup()
-    for row, answers, grades in zip(*data.make(np.random.default_rng(0), 16)):
+    data = Lookup(settings())
+    for row, answers, ms in zip(*data.make(np.random.default_rng(0))):
         context, queries = row[:data.SLOTS] - data.first_slot, row[data.SLOTS:] - data.first_query
         value = dict(divmod(token, data.VALUES) for token in context)
         assert sorted(value) == list(range(data.SLOTS)) and set(value.values()) <= set(range(data.VALUES))
         assert (answers[:data.SLOTS] == -1).all()
-        for query, answer, grade in zip(queries, answers[data.SLOTS:], grades[data.SLOTS:]):
+        for query, answer, m in zip(queries, answers[data.SLOTS:], ms[data.SLOTS:]):
             digits = [1 + value[slot] for slot in data.lists[query][:query // data.LISTS + 1]]
-            assert data.GRADES[grade] == len(digits)
+            assert m == len(digits)
             assert answer == sum(digit * (data.VALUES + 1) ** r for r, digit in enumerate(digits))
 
 
 def test_batches_depend_on_the_seed_and_the_step_and_validation_on_neither():
-    data = Task(settings())
+    data = Lookup(settings())
     same = [data.train_batch(np.random.default_rng((0, 7)))[0] for _ in range(2)]
     assert (same[0] == same[1]).all() and (same[0] != data.train_batch(np.random.default_rng((0, 8)))[0]).any()
-    assert (data.val_batch(3)[0] == Task(settings("--seed", "5")).val_batch(3)[0]).all()
+    assert (data.val_batch(3)[0] == Lookup(settings("--seed", "5")).val_batch(3)[0]).all()
 
 
 def test_the_training_batches_stay_as_they_were():
     """Results were measured on these batches: a sum over the first of them."""
-    batch = Task(settings()).train_batch(np.random.default_rng((0, 0, 0)))
+    batch = Lookup(settings()).train_batch(np.random.default_rng((0, 0, 0)))
     sums = [int((tokens * np.arange(tokens.size).reshape(tokens.shape)).sum()) for tokens in batch]
     assert sums == [88730947, 9733788]
 
@@ -55,8 +55,16 @@ def test_a_small_lookup_is_learned_and_reported_by_m(small, tmp_path, monkeypatc
     torch.set_num_threads(1)
     trainer = train.Trainer(settings("--max_iters", "1200", "--log_interval", "600"))
     trainer.fit()
-    accuracy, streams = by_grade(trainer.data, trainer.model.eval(), 2.0, trainer.device)
+    accuracy, streams = trainer.data.grade(trainer.model.eval(), 2.0, trainer.device)
     assert (accuracy > 0.95).all() and (streams >= 1).all()
     last = capsys.readouterr().out.split("validation loss")[-1]
-    assert [float(x) for x in last.split("accuracy of questions with m = 1, 2")[1].split()[:2]] == [
+    assert [float(x) for x in last.split("accuracy of queries with m = 1, 2")[1].split()[:2]] == [
         round(x, 3) for x in accuracy]
+
+
+def test_no_validation_batch_is_trained_on():
+    """A step's seed is (seed, step, number, purpose), and NumPy takes (0, 1) for 2 ** 32: small numbers are to try."""
+    data = Lookup(settings("--batch_size", "1"))
+    small = [(seed, step, number, use) for seed in (0, 1) for step in range(3) for number in range(3) for use in (0, 2)]
+    train_rows = {data.train_batch(np.random.default_rng(key))[0].tobytes() for key in small}
+    assert len(train_rows) == len(small) and not train_rows & {data.val_batch(i)[0].tobytes() for i in range(9)}

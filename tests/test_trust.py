@@ -17,7 +17,7 @@ import torch
 
 import sample
 import train
-from tasks.text import decoder
+from tasks.text import decoder, encode
 from tools.program import read_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,6 +325,14 @@ def test_tokens_without_names_are_shown_and_prompted_as_numbers(capsys):
     for prompt in ("\n", "words", f"{len(chars)}", "-1"):
         refused(sample, f"--prompt={prompt}", "--device", "cpu")
         assert f"from 0 to {len(chars) - 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt, vocabulary, part", [("anna", ["ann", "na"], "'a'"), ("ab", ["a", "bc"], "'b'")])
+def test_the_longest_string_of_a_vocabulary_is_taken_and_what_is_not_in_it_is_named(prompt, vocabulary, part, capsys):
+    assert encode("annie\n ann?\u00e9".encode(), ["ann", "annie", "\n ", "?", "\u00e9"], 5) == [1, 2, 0, 3, 4]
+    with pytest.raises(SystemExit) as end:
+        encode(prompt.encode(), vocabulary, len(vocabulary))
+    assert end.value.code == 2 and f"holds {part}, which is not in" in capsys.readouterr().err
 
 
 class Code:

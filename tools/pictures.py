@@ -5,8 +5,6 @@ import sys
 import numpy as np
 import torch
 
-from tasks.text import decoder
-
 SHADES = "", "30;48;5;189", "30;48;5;111", "97;48;5;26", "97;48;5;17"     # a terminal's: 1, 2, 3, 4, 5 or more streams
 ROW, MOST = 72, 720                                                        # tokens in a row of the picture, and in all
 
@@ -101,14 +99,12 @@ def draw_bubbles(counts, deleted, words, path, title):
     figure.savefig(path, dpi=110)
 
 
-def plot(path, model, tokens, vocabulary, budget):
-    """Draw the bubbles of the first MOST of a text's tokens, a list."""
-    idx = torch.tensor([tokens[:MOST]], device=model.wte.weight.device)
+def plot(path, model, tokens, words, budget):
+    """Draw the bubbles of the first MOST of a text's tokens, which read as these words: two lists."""
+    counts, deleted = read_bubbles(model, torch.tensor([tokens[:MOST]], device=model.wte.weight.device), budget)
     marks = {"\n": "\u21b5", "\t": "\u21e5", "$": r"\$"}
-    words = [(lambda text: text(token) + text(None))(decoder(vocabulary)) for token in tokens[:MOST]]
     words = [marks.get(word, word.strip()) if word.isprintable() or word in marks else "\ufffd" for word in words]
-    counts, deleted = read_bubbles(model, idx, budget)
     title = (f"Streams of each token in each block at a budget of {budget or model.config.budget:g}, "
              f"{counts[-1].float().mean():.2f} in the last block")
-    draw_bubbles(counts, deleted, words, path, title + f" (the first {MOST} tokens)" * (len(tokens) > MOST))
+    draw_bubbles(counts, deleted, words[:MOST], path, title + f" (the first {MOST} tokens)" * (len(tokens) > MOST))
     print(path)

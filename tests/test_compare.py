@@ -1,0 +1,136 @@
+"""The harness of experiments/compare.py: `python -m pytest tests/test_compare.py`."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import compare
+from experiments.compare import GPT, Job, interval
+from test_tinybubbles import random_model, tokens
+from tinybubbles import PaperTinybubbles
+from train import Trainer
+
+VERSE = "O for a Muse of fire, that would ascend\nThe brightest heaven of invention \u2014\n"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The smoke preset, run whole in this process."""
+    folder = tmp_path_factory.mktemp("compare")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("data").mkdir()
+        Path("data/shakespeare.txt").write_text(VERSE * 40, "utf-8")
+        patch.setattr(compare, "train_all", lambda s, jobs: [compare.train(job) for job in jobs if not job.done()])
+        compare.main(["--results", "results"])
+        yield json.loads(Path("results/smoke.json").read_text())
+
+
+def test_every_arm_is_trained_with_every_seed_on_the_same_batches(results):
+    arms = compare.PRESETS["smoke"].arms
+    assert [(run["arm"], run["seed"]) for run in results["runs"]] == [(arm, seed) for arm in arms for seed in (0, 1)]
+    assert results["missing"] == [] and all(set(run["loss"]) == {"5", "10"} for run in results["runs"])
+    for run in results["runs"]:
+        assert 4 < run["loss"]["10"][f"{compare.ARMS[run['arm']].budgets[0]:g}"] < 6 and run["parameters"] > 10_000
+
+
+def test_the_loss_is_that_of_the_saved_model(results):
+    job = Job("smoke", "copy-2", 4e-3, 1, "out-compare")
+    trainer = job.trainer()
+    assert trainer.start == 10
+    trainer.model.eval()
+    assert trainer.evaluate(2.0) == pytest.approx(job.done()["loss"]["10"]["2"], abs=1e-6)
+
+
+def test_a_second_call_makes_no_run_again_and_a_stopped_run_goes_on_exactly(results, monkeypatch):
+    monkeypatch.setattr(compare, "train", lambda job: pytest.fail("a run was made again"))
+    compare.main(["--results", "again"])
+    again = json.loads(Path("again/smoke.json").read_text())
+    assert again["runs"] == results["runs"]
+    monkeypatch.undo()
+    job, step = Job("smoke", "bubbles, r = 2", 4e-3, 0, "stopped"), Trainer.train_step
+    Path("stopped").mkdir(exist_ok=True)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", lambda self, i: stop(self, i, step))
+        compare.train(job)
+    assert not job.done()
+    compare.train(job)
+    whole = next(run for run in results["runs"] if run["arm"] == job.arm and run["seed"] == 0)
+    assert job.done()["loss"] == whole["loss"]
+
+
+def stop(trainer, i, step):
+    """A run that is stopped after its seventh step, which it has saved."""
+    if i == 7:
+        trainer.save("ckpt.pt", i)
+        raise KeyboardInterrupt
+    return step(trainer, i)
+
+
+def test_the_papers_model_is_judged_on_the_path_that_it_generates(results, monkeypatch):
+    run = results["runs"][-1]
+    assert run["arm"] == "the paper's model" and run["loss"]["10"]["in one pass"] != run["loss"]["10"]["2"]
+    trainer = Job("smoke", GPT, 4e-3, 0, "out-compare").trainer()
+    trainer.model.eval()
+    with torch.no_grad():
+        assert compare.true_path_loss(trainer, 1.0) == pytest.approx(trainer.evaluate(1.0), abs=1e-5)
+    model, idx = random_model(0, PaperTinybubbles), tokens(0)
+    each = torch.cat([model(idx[:, :t], budget=1.5)[0][:, -1:] for t in range(1, 13)], 1)
+    assert torch.equal(compare.decode(model, idx, 1.5), each)
+
+
+def test_the_interval_is_students(results):
+    for n, t in ((2, 12.7062), (3, 4.3027), (5, 2.7764), (10, 2.2622), (30, 2.0452)):
+        values = np.random.default_rng(n).normal(size=n)
+        mean, half = interval(list(values))
+        assert mean == pytest.approx(values.mean())
+        assert half == pytest.approx(t * values.std(ddof=1) / math.sqrt(n), rel=1e-4)
+    assert math.isnan(interval([1.0])[1])
+
+
+def test_differences_are_paired_by_seed():
+    run = lambda arm, seed, loss: dict(arm=arm, seed=seed, loss={"9": {"1": loss, "2": loss}})
+    runs = [run(GPT, 0, 1.0), run(GPT, 1, 2.0), run("copy-2", 1, 1.5), run("copy-2", 0, 0.75), run("copy-2", 2, 9.0)]
+    assert compare.less(runs, "copy-2", GPT, 9, "2") == [-0.25, -0.5]
+
+
+def test_the_best_rate_is_the_one_of_the_lowest_loss(tmp_path, monkeypatch):
+    monkeypatch.setitem(compare.PRESETS, "mine", compare.Preset("", (GPT,), 1, (1e-3, 2e-3, 4e-3), (5,)))
+    jobs = [Job("mine", GPT, rate, 0, str(tmp_path)) for rate in (1e-3, 2e-3, 4e-3)]
+    assert compare.best_rate(jobs) is None
+    for job, loss in zip(jobs, (2.0, 1.0, math.nan)):
+        job.path().write_text(json.dumps(dict(loss={"5": {"1": loss}})))
+    assert compare.best_rate(jobs) == 2e-3
+
+
+def test_flops_and_times_are_measured_for_every_arm_and_drawn(results):
+    found = results["measured"]
+    assert found[GPT]["step_time"] == found[GPT]["token_time"] == 1.0
+    assert found["copy-2"]["flops"]["2"] > 1.7 * found[GPT]["flops"]["1"]
+    assert found["copy-2"]["train_flops"] > 1.7 * found[GPT]["train_flops"]
+    assert found["the paper's model"]["flops"]["2"] > 4 * found["bubbles, r = 2"]["flops"]["2"]  # it reads all anew
+    table = Path("results/smoke.md").read_text("utf-8")
+    assert "| copy-2 | 2 | 2 | 0.004 |" in table and "After 5 steps" in table and "seeds 0 to 1" in table
+    runs = [dict(run, loss={"10": run["loss"]["10"]}) for run in results["runs"]]
+    compare.draw(Path("results/pareto.png"), runs, found, (10,))
+    for name in ("smoke", "pareto"):
+        assert Path(f"results/{name}.png").stat().st_size > 10_000
+
+
+def test_every_arm_of_every_preset_can_be_made(tmp_path, results):
+    for preset, p in compare.PRESETS.items():
+        for arm in p.arms:
+            job = Job("smoke", arm, 1e-3, 0, str(tmp_path))
+            with torch.no_grad():
+                trainer = job.trainer()
+                for budget in compare.ARMS[arm].budgets:
+                    assert math.isfinite(trainer.loss(trainer.model, trainer.data.val_batch(0), budget).item())
+
+
+def test_bad_presets_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        compare.main(["--preset", "none"])
+    assert end.value.code == 2 and "--preset must be one of" in capsys.readouterr().err

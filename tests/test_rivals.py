@@ -1,0 +1,338 @@
+"""The rivals of experiments/rivals.py, each against its definition: `python -m pytest tests/test_rivals.py`."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from experiments import rivals
+from experiments.compare import ARMS, count_flops, decode
+from test_tinybubbles import SMALL, layer_norm, log_softmax, oracle_turn, random_model, tokens
+from tinybubbles import Cache, Config, Tinybubbles
+
+PLAIN = dict(fork_layers=())
+KINDS = {   # class: configuration, budgets to read at, positions that pass through all blocks for one generated token
+    rivals.Copies: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
+    rivals.LastCopy: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
+    rivals.Pauses: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
+    rivals.RandomPauses: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
+    rivals.RecurrentDepth: (PLAIN | dict(budget=3.0), (1, 3), lambda n: (2 + 2 * n) / 4),
+    rivals.PonderLM2: (PLAIN, (2,), lambda n: n),
+    rivals.PonderLM3: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
+    rivals.RandomSelection: ({}, (1, 1.5, 3), None),
+    rivals.NoAttenuation: ({}, (1, 1.5, 3), None),
+    rivals.Margin: ({}, (1, 1.5, 3), None),
+    rivals.Undivided: ({}, (1, 1.5, 3), None),
+    rivals.SmallEmbedding: ({}, (1, 1.5, 3), None),
+    rivals.AllThree: ({}, (1, 1.5, 3), None),
+}
+EACH = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+def make(kind, seed=0):
+    model = random_model(seed, kind, **KINDS[kind][0])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norms" in name or name == "ln_s.weight":
+                p.add_(1)                                             # an RMSNorm's gain, not a LayerNorm's
+    return model.double()
+
+
+@EACH
+def test_no_later_token_changes_an_earlier_logit(kind):
+    for seed in range(3):
+        model, idx = make(kind, seed), tokens(seed, T=10)
+        for budget in KINDS[kind][1]:
+            full = model(idx, budget=budget)[0]
+            for t in (1, 4, 9):
+                other = idx.clone()
+                other[:, t] = (other[:, t] + 1) % 11
+                changed = (model(other, budget=budget)[0] - full).abs().amax((0, 2))
+                assert changed[:t].max() < 2e-5 and changed[t] > 1e-4
+
+
+@EACH
+def test_cached_logits_are_the_full_ones_for_any_chunks(kind):
+    for seed in range(3):
+        model, idx = make(kind, seed), tokens(seed, B=3, T=14)
+        for budget in KINDS[kind][1]:
+            full, cache = model(idx, budget=budget)[0], Cache()
+            parts = [model(idx[:, a:b], budget=budget, cache=cache)[0] for a, b in ((0, 5), (5, 6), (6, 7), (7, 14))]
+            assert (torch.cat(parts, 1) - full).abs().max() < 2e-5
+            assert (decode(model, idx, budget) - full).abs().max() < 2e-5
+            assert full.exp().sum(-1).sub(1).abs().max() < 1e-5
+
+
+@EACH
+def test_gradient_reaches_every_parameter(kind):
+    torch.manual_seed(0)
+    model, idx, targets = make(kind).train(), tokens(1, T=12), tokens(2, T=12)
+    loss = sum(model(idx, targets)[1] for _ in range(4))              # pauses and iterations are drawn
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and (p.grad != 0).any(), name
+
+
+@EACH
+def test_it_generates_as_its_forward_predicts(kind):
+    model, idx = make(kind), tokens(3, T=5)
+    out = model.generate(idx, 8, temperature=0)
+    assert torch.equal(out[:, 5:], model(out[:, :-1])[0][:, 4:].argmax(-1))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind][2]], ids=lambda kind: kind.__name__)
+def test_flops_are_those_of_the_positions_that_are_run(kind):
+    """By PyTorch's counter, over a text read token by token; S, the cache's slots, take part in each attention."""
+    model, idx, V, D, L = make(kind), tokens(0, B=1), 11, 16, 4
+    for n in KINDS[kind][1]:
+        cache = Cache()
+        model(idx[:, :1], budget=n, cache=cache)
+        S, positions = cache.kv[0].size(1), KINDS[kind][2](n)
+        counted = count_flops(lambda: decode(model, idx, n)) / idx.size(1)
+        router = 2 * D * n * (kind is rivals.PonderLM3)
+        assert counted == positions * L * (24 * D * D + 4 * S * D) + 2 * D * V + router
+
+
+def test_a_rival_refuses_forks_and_parts_of_a_position():
+    for config, budget in ((dict(fork_layers=(1,)), 2), (PLAIN, 1.5)):
+        with pytest.raises(ValueError, match="fork_layers .* whole budget"):
+            rivals.Copies(Config(**SMALL | config))(tokens(0), budget=budget)
+
+
+# -- twins, in NumPy, from the definitions ----------------------------------------------------------------------------
+
+def twin(model, x, position, sees, add=None, layers=None):
+    """x (N, D) through GPT blocks: position i stands at position[i], sees j where sees[i][j], and adds add[j] to its
+    logit; with a score channel if `add` is given. States before the last norm."""
+    weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+    H, N = model.config.n_head, len(x)
+    for l in range(model.config.n_layer) if layers is None else layers:
+        w = lambda name: weights[f"blocks.{l}.{name}.weight"]
+        q, k, v = np.stack([w("attn.qkv") @ layer_norm(u, w("ln_1")) for u in x], 1).reshape(3, H, -1, N)
+        out = np.zeros((N, H, x.shape[1] // H))
+        d = out.shape[-1]
+        used = d - (add is not None)
+        for h in range(H):
+            for i in range(N):
+                js = [j for j in range(N) if sees[i][j]]
+                turned = oracle_turn(q[h, :, i], position[i])[:used]
+                logits = [turned @ oracle_turn(k[h, :, j], position[j])[:used] / math.sqrt(d)
+                          + (0 if add is None else add[j]) for j in js]
+                out[i, h] = np.exp(log_softmax(np.array(logits))) @ v[h, :, js]
+        x = x + out.reshape(N, -1) @ w("attn.proj").T
+        u = np.stack([w("mlp.fc") @ layer_norm(u, w("ln_2")) for u in x])
+        x = x + (0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u ** 3)))) @ w("mlp.proj").T
+    return x
+
+
+def predictions(model, x):
+    """Log-probabilities of states (T, D) that are not normed yet."""
+    W, w = model.wte.weight.detach().double().numpy(), model.ln_f.weight.detach().double().numpy()
+    return np.stack([log_softmax(W @ layer_norm(u, w)) for u in x])
+
+
+def agrees(model, idx, budget, expected):
+    assert np.abs(model(idx, budget=budget)[0][0].detach().numpy() - expected).max() < 5e-5
+
+
+def causal(N):
+    return np.tril(np.ones((N, N), dtype=bool))
+
+
+@pytest.mark.parametrize("kind", [rivals.Copies, rivals.LastCopy], ids=lambda kind: kind.__name__)
+def test_copies_are_a_gpt_over_repeated_embeddings(kind):
+    model, idx, n = make(kind), tokens(0, B=1, T=7), 3
+    x = model.wte.weight.detach().double().numpy()[idx[0]].repeat(n, 0)
+    x = twin(model, x, [(i + 1) / n for i in range(7 * n)], causal(7 * n)).reshape(7, n, -1)
+    agrees(model, idx, n, predictions(model, x.sum(1) if kind is rivals.Copies else x[:, -1]))
+
+
+def test_pauses_stand_at_their_tokens_position_and_the_last_predicts():
+    model, idx, n = make(rivals.Pauses), tokens(0, B=1, T=7), 3
+    x = model.wte.weight.detach().double().numpy()[idx[0]]
+    pause = model.pause.detach().double().numpy()
+    x = np.stack([u for token in x for u in (token, pause, pause)])
+    x = twin(model, x, [i // n + 1 for i in range(7 * n)], causal(7 * n))
+    agrees(model, idx, n, predictions(model, x[n - 1::n]))
+
+
+def test_appended_pauses_follow_each_prefix_as_if_it_were_the_whole_text():
+    model, idx, n = make(rivals.RandomPauses), tokens(0, B=1, T=7), 3
+    x, pause = model.wte.weight.detach().double().numpy()[idx[0]], model.pause.detach().double().numpy()
+    last = []
+    for t in range(1, 8):
+        prefix = np.stack([*x[:t], pause, pause])
+        last.append(twin(model, prefix, range(1, t + n), causal(t + n - 1))[-1])
+    agrees(model, idx, n, predictions(model, last))
+
+
+def test_random_pauses_in_training_are_a_gpt_over_tokens_and_pauses():
+    """Of the elements that the draw gives: a tenth are pauses, none first; no target is a pause, none is lost."""
+    model, T = make(rivals.RandomPauses).train(), 20
+    idx, targets, seen = tokens(0, B=64, T=T), tokens(1, B=64, T=T), []
+    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].detach()))
+    model.log_probs, found = lambda x, targets: found.append((x.detach(), targets)) or x.new_zeros(64, T, 1), []
+    streams = []
+    model(idx, targets, streams=streams)
+    x, targets_used, tok = seen[0], found[0][1], streams[0][0]
+    pause = (x == model.pause).all(-1)
+    assert not pause[:, 0].any() and 0.06 < pause.float().mean() < 0.12 and pause.sum(1).max() == 2
+    assert torch.equal(x[~pause], model.wte(idx.gather(1, (~pause).cumsum(1) - 1))[~pause])
+    for row in range(64):
+        for i in range(T - 1):
+            at = int((~pause[row, :i + 1]).sum()) - 1
+            assert targets_used[row, i] == (-1 if pause[row, i + 1] else targets[row, at])
+    assert tok.shape == (64, T)
+
+
+def test_recurrent_depth_is_its_definition():
+    model, idx = make(rivals.RecurrentDepth), tokens(0, B=1, T=6)
+    weights = {name: p.detach().double() for name, p in model.state_dict().items()}
+    rms = lambda x, w: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w
+
+    def block(l, x):
+        norms = [weights[f"blocks.{l}.norms.{i}.weight"] for i in range(4)]
+        q, k, v = (rms(x, norms[0]) @ weights[f"blocks.{l}.attn.qkv.weight"].T).view(6, 3, 2, 8).permute(1, 2, 0, 3)
+        q, k = (torch.from_numpy(np.stack([[oracle_turn(u.numpy(), t + 1) for t, u in enumerate(head)] for head in z]))
+                for z in (q, k))
+        y = (q @ k.mT / math.sqrt(8)).masked_fill(~torch.from_numpy(causal(6)), -math.inf).softmax(-1) @ v
+        x = rms(x + y.transpose(0, 1).reshape(6, 16) @ weights[f"blocks.{l}.attn.proj.weight"].T, norms[1])
+        y = F.gelu(rms(x, norms[2]) @ weights[f"blocks.{l}.mlp.fc.weight"].T, approximate="tanh")
+        return rms(x + y @ weights[f"blocks.{l}.mlp.proj.weight"].T, norms[3])
+
+    e, s = block(0, weights["wte.weight"][idx[0]] * 4), weights["noise"][:6]
+    for _ in range(3):
+        s = block(2, block(1, e + s))
+    h = rms(block(3, rms(s, weights["ln_s.weight"])), weights["ln_f.weight"])
+    agrees(model, idx, 3, (h @ weights["wte.weight"].T).log_softmax(-1).numpy())
+
+
+def test_a_token_that_leaves_early_stands_as_of_its_latest_iteration():
+    """All leave after two iterations: a model of two. None leaves: the model itself. Some: what is kept is as of then.
+    """
+    model, idx = make(rivals.RecurrentDepth), tokens(0, B=3, T=9)
+    for limit, same in ((math.inf, 2), (-1.0, 3)):
+        model.exit_kl = limit
+        assert (decode(model, idx, 3) - model(idx, budget=same)[0]).abs().max() < 2e-5
+    model.exit_kl, cache, left = 0.1, Cache(), []
+    for t in range(9):
+        model(idx[:, t:t + 1], budget=3, cache=cache)
+        late, second = cache.kv[1, 2][:, t], cache.kv[1, 1][:, t]
+        left.append((late == second).flatten(1).all(1))
+    left = torch.stack(left)
+    assert left.any() and not left.all()
+
+
+def test_iterations_are_drawn_as_published():
+    model, drawn = make(rivals.RecurrentDepth).train(), []
+    model.core, model.coda = lambda x, where, cache, i: drawn.append(i) or x, lambda s, *rest: s
+    torch.manual_seed(0)
+    for _ in range(400):
+        with torch.no_grad():
+            model(tokens(0, B=1, T=1), tokens(1, B=1, T=1))
+    assert drawn.count(0) == 400 and len(drawn) / 400 == pytest.approx(4, rel=0.1)            # budget + 1
+
+
+def ponder_twin(model, idx, n):
+    """Slot by slot, all earlier slots anew: log-probabilities (T, V)."""
+    W, ln = model.wte.weight.detach().double().numpy(), model.ln_f.weight.detach().double().numpy()
+    xs, position, log_w, out = [], [], [], []
+    for t, token in enumerate(idx[0].tolist()):
+        x, total = W[token] * 4.0, 0.0
+        share, w = np.array([0.0] * (n - 1) + [1.0]), np.zeros(n)
+        for k in range(n):
+            if w[k] < math.log(1e-4):
+                break
+            xs, position, log_w = [*xs, x], [*position, t + 1], [*log_w, w[k]]
+            add = np.array(log_w) if isinstance(model, rivals.PonderLM3) else None
+            x = layer_norm(twin(model, np.stack(xs), position, causal(len(xs)), add)[-1], ln)
+            if k == 0 and isinstance(model, rivals.PonderLM3):
+                share = np.exp(log_softmax(model.router.weight.detach().double().numpy()[:n] @ x))
+                w = np.log([1.0] + [share[j:].sum() for j in range(1, n)])
+            total = total + share[k] * x
+        out.append(log_softmax(W @ total))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("kind", [rivals.PonderLM2, rivals.PonderLM3], ids=lambda kind: kind.__name__)
+def test_latent_slots_are_read_one_after_the_other(kind):
+    model, idx = make(kind), tokens(0, B=1, T=6)
+    for scale in (1, 30) if kind is rivals.PonderLM3 else (1,):        # 30: some tokens stop early
+        if kind is rivals.PonderLM3:
+            model.router.weight.data.mul_(scale)
+        for n in KINDS[kind][1]:
+            agrees(model, idx, n, ponder_twin(model, idx, n))
+
+
+@pytest.mark.parametrize("kind", [rivals.PonderLM2, rivals.PonderLM3], ids=lambda kind: kind.__name__)
+def test_enough_sweeps_of_training_are_the_exact_reading(kind):
+    model, idx, targets = make(kind), tokens(0, T=6), tokens(1, T=6)
+    model.sweeps = (6 * 3,)
+    exact = model(idx, targets)[1]
+    assert model.train()(idx, targets)[1].item() == pytest.approx(exact.item(), abs=2e-4)
+    model.sweeps = (0,)
+    assert model(idx, targets)[1].item() != pytest.approx(exact.item(), abs=2e-3)
+    if kind is rivals.PonderLM3:
+        free = model(idx, targets)[1]
+        model.charge = 0.5
+        slots = (model(idx, targets)[1] - free).item() / 0.5
+        assert 0 < slots < 2
+
+
+def streams_of(model, idx, budget):
+    streams = []
+    model(idx, budget=budget, streams=streams)
+    return streams[-1][0]
+
+
+def test_random_selection_spends_the_same_and_ignores_what_is_said():
+    model, idx = make(rivals.RandomSelection), tokens(0, B=4, T=24)
+    for fork in model.forks.values():
+        fork.bar.fill_(math.log(0.5))
+    tok = streams_of(model, idx, 1.5)
+    assert torch.equal(tok, streams_of(model, tokens(5, B=4, T=24), 1.5)) and torch.equal(tok[:1].expand(4, -1), tok)
+    other = make(rivals.RandomSelection, seed=1)
+    for fork in other.forks.values():
+        fork.bar.fill_(math.log(0.5))
+    assert not torch.equal(tok, streams_of(other, idx, 1.5))
+    count = torch.bincount(streams_of(make(rivals.RandomSelection), idx, 3)[0])
+    assert count.min() >= 1 and len(set(count.tolist())) > 1
+
+
+def test_without_attenuation_scores_only_choose_and_merge():
+    """Where every P in the merge is 1, the model is one whose scores are."""
+    model, idx = make(rivals.NoAttenuation), tokens(0)
+    plain = random_model(0)
+    plain.load_state_dict(model.state_dict())
+    assert (plain(idx, budget=2)[0] - model(idx, budget=2)[0]).abs().max() > 1e-3
+    for fork in [*model.forks.values(), *plain.forks.values()]:
+        fork.score.forward = lambda x: x.new_full((*x.shape[:-1], 2), 50.0)                   # all P are 1
+    assert (plain(idx, budget=2)[0] - model(idx, budget=2)[0]).abs().max() < 1e-5
+
+
+def test_departures_differ_from_ours_in_what_they_name():
+    config, idx = Config(**SMALL | dict(n_embd=256)), tokens(0)
+    torch.manual_seed(0)
+    small, ours = rivals.SmallEmbedding(config), Tinybubbles(config)
+    assert small.forks["1"].embedding.std().item() == pytest.approx(0.02, rel=0.2)
+    assert ours.forks["1"].embedding.std().item() == pytest.approx(1 / 16, rel=0.2)
+    seen, ours, undivided = [], random_model(0).double(), make(rivals.Undivided)
+    for model in (ours, undivided):
+        model.blocks[1].attn.register_forward_pre_hook(lambda attn, args: seen.append(args[1].channel))
+        model(idx)
+    assert torch.allclose(seen[1][..., 1, :], seen[0][..., 1, :] * math.sqrt(8))
+    margin, s = make(rivals.Margin).forks["1"], torch.tensor([[-1.0, -2.5, -1.0, -1.0]])
+    margin.bar.fill_(-0.9)
+    stays = torch.tensor([[False, False, False, True]])
+
+    class One:
+        t, tok, T = torch.tensor([[1, 1]]), torch.tensor([[0, 0]]), 1
+    kept = margin.select(s, stays, One, 4.0, torch.zeros(1, 1, dtype=torch.int64))
+    assert kept.tolist() == [[False, True, False, True]]              # the old fork has -2.5 + 2
+
+
+def test_every_arm_of_the_comparison_is_tested_here_or_with_the_core():
+    classes = {arm.make for name, arm in ARMS.items() if isinstance(arm.make, type) and arm.make.__module__.endswith(
+        "rivals")}
+    assert classes == set(KINDS)
