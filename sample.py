@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 
 from tasks.text import decoder, encode
+from tools.files import load_checkpoint
 from tools.pictures import legend, plot, read_bubbles, shade
 from tools.program import choose_device, knob, read_flags, refuse
-from train import load_checkpoint
 
 
 @dataclass
 class Settings:
     out_dir: str = knob("out", "the folder of a run of train.py")
-    checkpoint: str = knob("best", "best: best.pt, of the lowest validation loss, if it is there; or last: ckpt.pt")
+    checkpoint: str = knob("best", "best: best.pt, of the lowest validation loss, if it is there; last: ckpt.pt",
+                           choices=("best", "last"))
     prompt: str = knob(None, "text to continue, or FILE:path for a file's bytes; default: a new line, if the model has "
                        "one, else its token 0", "str", alias="start")
     num_samples: int = knob(1, "samples to draw", low=1)
@@ -34,9 +35,7 @@ class Settings:
 
 
 def choose_checkpoint(s):
-    """The path of the checkpoint to sample from, or a refusal."""
-    if s.checkpoint not in ("best", "last"):
-        refuse(f"--checkpoint must be best or last, not {s.checkpoint!r}")
+    """The path of the checkpoint to sample from."""
     best, last = Path(s.out_dir) / "best.pt", Path(s.out_dir) / "ckpt.pt"
     return best if s.checkpoint == "best" and best.exists() else last
 

@@ -4,24 +4,24 @@ Train a model: python train.py --dataset shakespeare        (every knob: python 
 Whatever is drawn at random in a step depends on the seed, the step and the batch's number alone: a run that was
 interrupted and continued with --resume ends as one that was not, and any number of processes train alike.
 """
-import contextlib
-import csv
 import dataclasses
+import functools
 import math
 import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from tasks.text import make_data
-from tinybubbles import Config, PaperTinybubbles, Tinybubbles
+from tinybubbles import Config
+from tools.files import load_checkpoint, make_model, open_log, write_atomically
 from tools.pictures import draw_loss
-from tools.program import choose_device, join_processes, knob, read_flags, refuse, write_atomically
+from tools.program import choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse
 
 FREE = ("max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device", "compile", "out_dir")
 LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
@@ -57,13 +57,8 @@ class Settings:
     log_interval: int = knob(20, "steps between progress lines", low=1)
     seed: int = knob(0, "of the weights, the batches and the samples", low=0)
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
-    dtype: str = knob("auto", "auto (bfloat16 on cuda, else float32), float32 or bfloat16")
+    dtype: str = knob("auto", "auto: bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile the model: slow to start, faster then")
-
-
-def make_model(config, paper):
-    """The model that --paper chooses."""
-    return PaperTinybubbles(config) if paper else Tinybubbles(config)
 
 
 @torch.no_grad()
@@ -77,28 +72,6 @@ def measure_bars(model, texts, budgets):
                 model(idx, budget=budget)
             model.update_bars(len(texts), rate=1.0)
     model.forks.train(model.training)
-
-
-def load_checkpoint(path, device):
-    """A checkpoint that train.py wrote, a dict, and its model; or a refusal. No code inside the file is run."""
-    if not path.is_file():
-        refuse(f"there is no checkpoint {path}; run train.py first, or name its folder with --out_dir")
-    try:
-        with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():
-                raise ValueError(f"{damaged} inside it is damaged")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        for part, kind in (("config", Config), ("settings", Settings)):
-            if checkpoint[part].keys() != {f.name for f in dataclasses.fields(kind)}:
-                raise ValueError(f"its {part} are another version's")
-        model = make_model(Config(**checkpoint["config"]), checkpoint["settings"]["paper"]).to(device)
-        model.load_state_dict(checkpoint["model"])
-        if checkpoint["vocabulary"] is None and model.config.vocab_size != 256:
-            raise ValueError(f"its {model.config.vocab_size} tokens are not bytes")
-    except Exception as error:                                        # whatever can be wrong with a file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        refuse(f"{path} is not a checkpoint of this train.py ({reason}); train again or name another --out_dir")
-    return checkpoint, model
 
 
 def make_optimizer(model, s, device):
@@ -117,60 +90,37 @@ def learning_rate(step, s):
 
 
 class Trainer:
-    """One run: everything that the Settings `s` describe, built, trained and written to out_dir. `saved` is the
-    checkpoint to go on from; `make` makes the model of a Config and --paper. Under torchrun every process has a Trainer,
-    and the first one writes."""
+    """One run: what the Settings `s` say, built, trained and written to out_dir. saved: the checkpoint to go on from;
+    make: makes the model of a Config and --paper. Every process of torchrun has a Trainer; the first one writes."""
 
     def __init__(self, s, saved=None, make=make_model):
         self.s, self.out, self.stop, self.pending = s, Path(s.out_dir), False, []
         self.rank, self.world, self.device = join_processes(choose_device(s.device))
-        if s.dtype not in ("auto", "float32", "bfloat16"):
-            refuse(f"--dtype must be auto, float32 or bfloat16, not {s.dtype!r}")
         self.half = s.dtype == "bfloat16" or s.dtype == "auto" and self.device.type == "cuda"
-        for turn in range(self.world):                                # the first process makes the data for all
-            if turn == self.rank:
-                self.data = make_data(s)
-            if self.world > 1:
-                dist.barrier()
+        self.say = (lambda text: None) if self.rank else functools.partial(print, flush=True)
+        self.data = in_turn(lambda: make_data(s))                     # the first process fetches it for all
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}
         shared |= dict(budget=max(s.budget), bars=Config.bars + s.budget, vocab_size=self.data.vocab_size)
         torch.manual_seed(s.seed)
-        try:
-            self.model = make(Config(**shared), s.paper).to(self.device)
-        except ValueError as error:
-            refuse(str(error))
-        self.compiled = self.model
-        if s.compile:
-            torch._dynamo.config.recompile_limit = 100                # a graph for each budget, trained and evaluated
-            self.compiled = torch.compile(self.model)
-        parallel = torch.nn.parallel.DistributedDataParallel
-        self.parallel = parallel(self.compiled, broadcast_buffers=False) if self.world > 1 else self.compiled
+        self.model = or_refuse(lambda: make(Config(**shared), s.paper)).to(self.device)
+        torch._dynamo.config.recompile_limit = 100                    # a graph for each budget, trained and evaluated
+        self.compiled = torch.compile(self.model) if s.compile else self.model
+        self.parallel = DDP(self.compiled, broadcast_buffers=False) if self.world > 1 else self.compiled
         self.optimizer = make_optimizer(self.model, s, self.device)
-        self.start, self.val_loss, self.best = 0, math.inf, math.inf
-        self.batches = self.world * s.gradient_accumulation_steps                    # per step
+        self.batches, self.start = self.world * s.gradient_accumulation_steps, 0     # batches: per step
+        self.val_loss = self.best = math.inf
         if saved and saved["batches"] != self.batches:
-            refuse(f"--resume needs {saved['batches']} batches per step as before, processes times "
-                   f"--gradient_accumulation_steps, not {self.batches}")
+            refuse(f"--resume needs {saved['batches']} batches per step as before, not {self.batches}: "
+                   "processes times --gradient_accumulation_steps")
         if saved:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.start, self.val_loss, self.best = saved["step"], saved["val_loss"], saved["best_val_loss"]
-        if not self.rank:
-            self.open_log()
+        self.log = None if self.rank else open_log(self.out / "log.csv", LOG_COLUMNS, self.start)
 
-    def open_log(self):
-        """Open log.csv with the whole rows of the steps before this run's first, if there are any."""
-        path, rows = self.out / "log.csv", []
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            refuse(f"--out_dir {self.s.out_dir!r} cannot be written to ({error.strerror}); name another folder")
-        if self.start and path.exists():
-            rows = [row.split(",") for row in path.read_text("utf-8", errors="replace").splitlines()]
-        rows = [row for row in rows if len(row) == len(LOG_COLUMNS) and row[0].isdigit() and int(row[0]) <= self.start]
-        kept = "".join(",".join(row) + "\n" for row in [LOG_COLUMNS, *rows])
-        write_atomically(path, lambda file: file.write(kept.encode()))
-        self.log = csv.DictWriter(open(path, "a", buffering=1, newline=""), LOG_COLUMNS, lineterminator="\n")
+    def random(self, step, number=0, purpose=0):
+        """A generator: of a step's batch and its dropout (purpose 0), its budget (1), the texts for bars (2)."""
+        return np.random.default_rng((self.s.seed, step, number, purpose))
 
     def loss(self, model, batch, budget, streams=None):
         """The model's loss on a batch: idx and targets (B, T)."""
@@ -196,10 +146,8 @@ class Trainer:
             rng = self.random(step, number)
             batch = self.data.train_batch(rng)
             torch.manual_seed(int(rng.integers(2 ** 63)))             # dropout's
-            wait = self.world > 1 and number < (self.rank + 1) * n - 1
-            with self.parallel.no_sync() if wait else contextlib.nullcontext():
-                loss = self.loss(self.parallel, batch, budget, streams) / n
-                loss.backward()
+            loss = self.loss(self.parallel, batch, budget, streams) / n
+            loss.backward()
             total += loss.detach()
         if s.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
@@ -209,28 +157,12 @@ class Trainer:
         self.model.update_bars(self.batches)
         return total, streams[-1][0]
 
-    def random(self, step, number=0, purpose=0):
-        """A generator: of a step's batch and its dropout (purpose 0), its budget (1), the texts for bars (2)."""
-        return np.random.default_rng((self.s.seed, step, number, purpose))
-
     @torch.no_grad()
     def evaluate(self, budget):
         """Validation loss in nats per target, always over the same batches, shared out among the processes."""
-        n, total = self.s.eval_iters, torch.zeros((), device=self.device)
-        for i in range(self.rank, n, self.world):
-            total += self.loss(self.compiled, self.data.val_batch(i), budget)
-        return self.mean(total).item() * self.world / n
-
-    def save(self, name, step):
-        """Write a checkpoint: the weights after `step` updates, and all that --resume needs."""
-        if not self.rank:
-            state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=step,
-                         config=dataclasses.asdict(self.model.config), settings=dataclasses.asdict(self.s),
-                         val_loss=self.val_loss, best_val_loss=self.best, batches=self.batches,
-                         vocabulary=self.data.vocabulary)
-            write_atomically(self.out / name, lambda file: torch.save(state, file))
-            if self.best == math.inf:                                 # never evaluated: a best.pt is an older run's
-                (self.out / "best.pt").unlink(missing_ok=True)
+        n, zero = self.s.eval_iters, torch.zeros((), device=self.device)
+        losses = (self.loss(self.compiled, self.data.val_batch(i), budget) for i in range(self.rank, n, self.world))
+        return self.mean(sum(losses, zero)).item() * self.world / n
 
     def measure_bars(self, step):
         """Set the bars of the budgets that are not trained, by the same few batches in every process."""
@@ -256,19 +188,22 @@ class Trainer:
             self.say(self.data.report(self.model, self.model.config.budget, self.device, length))
         self.model.train()
 
-    def say(self, text):
-        """Print a line; one process does."""
+    def save(self, name, step):
+        """Write a checkpoint: the weights after `step` updates, and all that --resume needs."""
         if not self.rank:
-            print(text, flush=True)
+            state = dict(step=step, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                         config=dataclasses.asdict(self.model.config), settings=dataclasses.asdict(self.s),
+                         vocabulary=self.data.vocabulary, val_loss=self.val_loss, best_val_loss=self.best,
+                         batches=self.batches)
+            write_atomically(self.out / name, lambda file: torch.save(state, file))
+            if self.best == math.inf:                                 # never evaluated: a best.pt is an older run's
+                (self.out / "best.pt").unlink(missing_ok=True)
 
     def check_pending(self, step):
-        """Refuse to go on if the loss of a step since the last check is NaN or infinite; else return the last one."""
-        if self.pending:
-            losses = self.mean(torch.stack(self.pending)).tolist()    # waits for the device, so the clock is right
-            for at, loss in enumerate(losses, step - len(losses)):
-                check_finite(loss, at)
-            self.pending.clear()
-            return losses[-1]
+        """Refuse to go on if a loss since the last check is NaN or infinite. Returns them; waits for the device."""
+        losses = self.mean(torch.stack(self.pending)).tolist() if self.pending else []
+        self.pending.clear()
+        return [check_finite(loss, at) for at, loss in enumerate(losses, step - len(losses))]
 
     def progress(self, step, loss, tok, seconds):
         """Print and log how training stands after `step` updates, the last of which took `seconds` each."""
@@ -288,10 +223,9 @@ class Trainer:
 
     def stopping(self, step):
         """Whether a signal asks to stop; several processes agree on it where they log."""
-        if self.world == 1:
-            return self.stop
-        agree = step % self.s.log_interval == 0
-        return agree and self.mean(torch.tensor(float(self.stop), device=self.device)).item() > 0
+        if self.world == 1 or step % self.s.log_interval:
+            return self.stop and self.world == 1
+        return self.mean(torch.tensor(float(self.stop), device=self.device)).item() > 0
 
     def fit(self):
         """Train for max_iters steps; the run always ends with an evaluation, a checkpoint and a sample."""
@@ -303,13 +237,11 @@ class Trainer:
             signal.signal(number, self.stop_soon)
         clock, clocked = time.perf_counter(), self.start
         for step in range(self.start, s.max_iters + 1):
-            last_step = step == s.max_iters
-            if (last_step or step > 0 and step % s.eval_interval == 0) and not step == self.start > 0:
-                paused = time.perf_counter()
+            if (step == s.max_iters or step > 0 and step % s.eval_interval == 0) and not step == self.start > 0:
                 self.check_pending(step)
                 self.checkpoint(step)
-                clock += time.perf_counter() - paused
-            if last_step:
+                clock, clocked = time.perf_counter(), step
+            if step == s.max_iters:
                 break
             if self.stopping(step):
                 self.check_pending(step)
@@ -318,18 +250,14 @@ class Trainer:
             loss, tok = self.train_step(step)
             self.pending.append(loss)
             if (step + 1) % s.log_interval == 0:
-                train_loss = self.check_pending(step + 1)
+                train_loss = self.check_pending(step + 1)[-1]
                 self.progress(step + 1, train_loss, tok, (time.perf_counter() - clock) / (step + 1 - clocked))
                 clock, clocked = time.perf_counter(), step + 1
-        self.finish(n_params, train_loss, (time.perf_counter() - started) / 60)
-
-    def finish(self, n_params, train_loss, minutes):
-        """Draw loss.png and print the summary."""
         if not self.rank:
             draw_loss(self.out / "log.csv", self.out / "loss.png")
-            print(f"steps:      {self.s.max_iters}\nparameters: {n_params:,}\ntrain_loss: {train_loss:.4f}\n"
-                  f"val_loss:   {self.val_loss:.4f}\nminutes:    {minutes:.1f}\n"
-                  f"checkpoint: {self.out / 'ckpt.pt'}; the best: {self.out / 'best.pt'}, {self.best:.4f}")
+        self.say(f"steps:      {s.max_iters}\nparameters: {n_params:,}\ntrain_loss: {train_loss:.4f}\n"
+                 f"val_loss:   {self.val_loss:.4f}\nminutes:    {(time.perf_counter() - started) / 60:.1f}\n"
+                 f"checkpoint: {self.out / 'ckpt.pt'}; the best: {self.out / 'best.pt'}, {self.best:.4f}")
 
 
 def check_finite(loss, step):
@@ -343,7 +271,7 @@ def check_finite(loss, step):
 def resume(s, argv, description):
     """The settings and the checkpoint of the run that `s`, with --resume, goes on with; contradictions are refused."""
     path = Path(s.out_dir) / "ckpt.pt"
-    saved, _ = load_checkpoint(path, "cpu")
+    saved, _ = load_checkpoint(path, "cpu", Settings)
     s = read_flags(Settings, argv, description, saved["settings"] | dict(out_dir=s.out_dir))
     for name, before in saved["settings"].items():
         if name not in FREE and name != "resume" and getattr(s, name) != before:

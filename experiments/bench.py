@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tinybubbles import MLP, Cache, Config, Tinybubbles, quota, start  # noqa: E402
-from tools.program import choose_device, knob, read_flags, refuse, write_atomically  # noqa: E402
+from tools.files import write_atomically  # noqa: E402
+from tools.program import choose_device, knob, read_flags  # noqa: E402
 from train import measure_bars  # noqa: E402
 
 TRAIN = [dict(kind="step", T=T, budget=r, n_layer=6, n_head=4, n_embd=256, fork_layers=(1, 2))
@@ -32,7 +33,7 @@ PRESETS = dict(cpu=(TRAIN + DECODE, 10), smoke=([dict(TINY, kind="step"), dict(T
 
 @dataclass
 class Settings:
-    preset: str = knob("cpu", "cpu: a quarter of an hour; smoke: seconds")
+    preset: str = knob("cpu", "cpu: a quarter of an hour; smoke: seconds", choices=PRESETS)
     results: str = knob("experiments/results", "where bench.json and bench.md go")
     device: str = knob("cpu", "cpu, or another device")
 
@@ -155,8 +156,6 @@ def write_table(path, rows, about):
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
-    if s.preset not in PRESETS:
-        refuse(f"--preset must be one of {', '.join(PRESETS)}, not {s.preset!r}")
     device, (plan, rounds), path = choose_device(s.device), PRESETS[s.preset], Path(s.results) / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text()) if path.exists() else []

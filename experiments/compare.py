@@ -30,7 +30,8 @@ from experiments import rivals  # noqa: E402
 from experiments.bench import shortest  # noqa: E402
 from tasks.plays import shakespeare  # noqa: E402
 from tinybubbles import Cache, PaperTinybubbles, Tinybubbles  # noqa: E402
-from tools.program import knob, read_flags, refuse, write_atomically  # noqa: E402
+from tools.files import write_atomically  # noqa: E402
+from tools.program import knob, read_flags  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import Trainer  # noqa: E402
 
@@ -321,7 +322,7 @@ def draw(path, runs, found, marks):
 @dataclasses.dataclass
 class Settings:
     preset: str = knob("smoke", "; ".join(f"{name}: {len(p.arms)} arms, {p.seeds} seeds, {p.marks[-1]} steps"
-                                          for name, p in PRESETS.items()))
+                                          for name, p in PRESETS.items()), choices=PRESETS)
     runs: str = knob("out-compare", "where runs go, to be continued or summed up")
     results: str = knob(str(ROOT / "experiments" / "results"), "where the table, its JSON and the picture go")
     processes: int = knob(os.cpu_count(), "runs at a time, on one thread each", low=1)
@@ -348,8 +349,6 @@ def best_rate(jobs):
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
-    if s.preset not in PRESETS:
-        refuse(f"--preset must be one of {', '.join(PRESETS)}, not {s.preset!r}")
     p, results = PRESETS[s.preset], Path(s.results)
     for folder in (s.runs, s.results):
         Path(folder).mkdir(parents=True, exist_ok=True)

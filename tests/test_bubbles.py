@@ -13,7 +13,7 @@ import sample
 import train
 from experiments import figures
 from tinybubbles import Config, Tinybubbles
-from tools import pictures
+from tools import files, pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset text.txt --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 30 --device "
@@ -112,7 +112,7 @@ def test_characters_are_shaded_by_their_streams_on_a_terminal_only(folder):
     without = subprocess.run(flags[:-1], capture_output=True, text=True, check=True).stdout
     assert "\33" not in plain + on_a_terminal(flags, NO_COLOR="1") + on_a_terminal(flags, TERM="dumb")
     assert [text.split("\nstreams:")[0] for text in (shaded, plain)] == [without.split("\n" + "-" * 80)[0]] * 2
-    _, model = train.load_checkpoint(Path("out/best.pt"), "cpu")
+    _, model = files.load_checkpoint(Path("out/best.pt"), "cpu")
     text = without.split("\n" + "-" * 80)[0].encode()
     assert len(text) == 15                                            # bytes, none of them outside ASCII
     counts = pictures.read_bubbles(model.eval(), torch.tensor([list(text)]), None)[0, -1]

@@ -133,4 +133,4 @@ def test_every_arm_of_every_preset_can_be_made(tmp_path, results):
 def test_bad_presets_are_refused(capsys):
     with pytest.raises(SystemExit) as end:
         compare.main(["--preset", "none"])
-    assert end.value.code == 2 and "--preset must be one of" in capsys.readouterr().err
+    assert end.value.code == 2 and "argument --preset" in capsys.readouterr().err

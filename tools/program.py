@@ -1,9 +1,8 @@
 """
-What every program here shares: its flags, which are the fields of a dataclass, how it refuses what it cannot do, the
-device and the processes it runs on, and how it writes a file.
+What every program here shares: its flags, which are the fields of a dataclass, how it refuses what it cannot do, and
+the device and the processes it runs on.
 """
 import argparse
-import contextlib
 import dataclasses
 import math
 import os
@@ -20,6 +19,14 @@ def refuse(message):
     raise SystemExit(2)
 
 
+def or_refuse(make):
+    """What `make` returns; its ValueError, one sentence, is a refusal."""
+    try:
+        return make()
+    except ValueError as error:
+        refuse(str(error))
+
+
 KINDS = {  # how each kind of flag is read, and what to say if it cannot be
     "int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "text"),
     "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
@@ -28,10 +35,11 @@ KINDS = {  # how each kind of flag is read, and what to say if it cannot be
 }
 
 
-def knob(default, help, kind=None, low=None, alias=None):
-    """A field of a settings dataclass, which is also a flag: its kind, its lowest value, another name for it."""
+def knob(default, help, kind=None, low=None, alias=None, choices=None):
+    """A field of a settings dataclass, which is also a flag: its kind, lowest value, another name, all its values."""
     kind = kind or type(default).__name__
-    return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, low=low, alias=alias))
+    return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, low=low, alias=alias,
+                                                            choices=choices))
 
 
 def read_value(f, text):
@@ -41,6 +49,8 @@ def read_value(f, text):
         value = parse(text)
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"{text!r} is not {meaning}") from None
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(f.metadata['choices'])}")
     for number in value if isinstance(value, tuple) else [value]:
         if low is not None and not low <= number < (math.inf if isinstance(number, float) else 2 ** 63):
             raise argparse.ArgumentTypeError(f"{text} must be at least {low}, and not boundless")
@@ -84,19 +94,11 @@ def join_processes(device):
     return rank, world, device
 
 
-def write_atomically(path, write):
-    """Have `write(file)` fill a new file beside `path`, then put it in its place: whoever looks sees all or nothing,
-    after a crash too. A disk that is full, or cannot be written to, is a refusal, and what was there stays."""
-    scratch = path.with_name(path.name + ".new")
-    try:
-        with open(scratch, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        disk = error.__context__ if isinstance(error, RuntimeError) else error       # torch.save's own hides the disk's
-        reason = getattr(disk, "strerror", None) or str(error).splitlines()[0]
-        refuse(f"{path} cannot be written ({reason}), and what was there is kept; make room, then --resume")
+def in_turn(make):
+    """What `make` returns in this process, one process after the other."""
+    rank, world = dist.is_initialized() and dist.get_rank(), dist.is_initialized() and dist.get_world_size()
+    for turn in range(world):
+        if turn == rank:
+            made = make()
+        dist.barrier()
+    return made if world else make()
