@@ -149,8 +149,7 @@ class Trainer:
             loss = self.loss(self.parallel, batch, budget, streams) / n
             loss.backward()
             total += loss.detach()
-        if s.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         self.optimizer.step()
         for fork in self.model.forks.values():
             self.mean(fork.error)
