@@ -2,8 +2,8 @@
 Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or departures, text, long, gpu)
 
 Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at the
-best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped goes on
-from its last checkpoint. Then PRESET.json, .md and .png are written to --results, of whatever is done by then:
+best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped goes
+on from its last checkpoint. Then PRESET.json, .md and .png are written to --results, of whatever is done by then:
 validation loss, its paired difference to the plain GPT, FLOPs as PyTorch counts them, and times, measured in turns.
 
 An arm is a line of ARMS: flags of train.py, the budgets it is evaluated at, and a class of rivals.py at the most.
@@ -60,11 +60,11 @@ ARMS = {
     "PonderLM-3": Arm(PLAIN + "--budget 4", (4, 1, 2), rivals.PonderLM3),
     "random selection": Arm("", (2,), rivals.RandomSelection),
     "no attenuation": Arm("", (2,), rivals.NoAttenuation),
-    "bubbles, r = 1.25": Arm("--budget 1.25", (1.25,), curve="bubbles"),
-    "bubbles, r = 1.5": Arm("--budget 1.5", (1.5,), curve="bubbles"),
-    "bubbles, r = 2": Arm("", (2,), curve="bubbles"),
-    "bubbles, r = 4": Arm("--budget 4", (4,), curve="bubbles"),
-    "bubbles, elastic": Arm("--budget 1,1.5,2,4", (2, 1, 1.5, 4)),
+    "bubbles, r = 1.25": Arm("--budget 1.25", (1.25,), curve="bubbles, each r"),
+    "bubbles, r = 1.5": Arm("--budget 1.5", (1.5,), curve="bubbles, each r"),
+    "bubbles, r = 2": Arm("", (2, 1, 1.25, 1.5, 3, 4)),
+    "bubbles, r = 4": Arm("--budget 4", (4,), curve="bubbles, each r"),
+    "bubbles, elastic": Arm("--budget 1,1.5,2,4", (2, 1, 1.25, 1.5, 3, 4)),
     "the paper's model": Arm("--paper", (2,), PaperTinybubbles),
     "the authors' code": Arm("--paper", (2,), lambda config: PaperTinybubbles(config, merge="residual")),
     "a margin for old forks": Arm("", (2,), rivals.Margin),
@@ -75,7 +75,8 @@ ARMS = {
 COLORS = {name: color for names, color in (
     ((GPT, "deeper GPT", "wider GPT"), "#000000"), (("copy-2", "copy-2, last"), "#e69f00"),
     (("pauses", "random pauses"), "#009e73"), (("recurrent depth",), "#cc79a7"),
-    (("PonderLM-2", "PonderLM-3"), "#d55e00"), (("bubbles", "bubbles, elastic"), "#0072b2")) for name in names}
+    (("PonderLM-2", "PonderLM-3"), "#d55e00"),
+    (("bubbles, each r", "bubbles, r = 2", "bubbles, elastic"), "#0072b2")) for name in names}
 
 
 @dataclasses.dataclass
@@ -130,9 +131,10 @@ class Job:
         return Path(self.folder) / f"{name}_{self.seed}_{zlib.crc32(self.flags().encode()):08x}.json"
 
     def done(self):
-        """What the run's JSON says, if it is whole."""
-        run = json.loads(self.path().read_text()) if self.path().exists() else {}
-        return run if str(PRESETS[self.preset].marks[-1]) in run.get("loss", {}) else None
+        """What the run's JSON says, if it is whole: a run that lacks a budget is evaluated again, not trained."""
+        run = json.loads(self.path().read_text()) if self.path().exists() else dict(loss={})
+        last = run["loss"].get(str(PRESETS[self.preset].marks[-1]), {})
+        return run if all(f"{budget:g}" in last for budget in ARMS[self.arm].budgets) else None
 
     def trainer(self):
         """The Trainer, at the run's last checkpoint."""
@@ -153,7 +155,7 @@ def train(job):
     run = json.loads(path.read_text()) if trainer.start else run
     for step in range(trainer.start, marks[-1] + 1):
         if step in marks:
-            run["loss"][step] = losses(trainer, ARMS[job.arm], step)
+            run["loss"][str(step)] = losses(trainer, ARMS[job.arm], step)
             write_atomically(path, lambda file: file.write(json.dumps(run).encode()))
         if step % 1000 == 0 or step == marks[-1]:
             trainer.save("ckpt.pt", step)

@@ -1,23 +1,36 @@
 """
-The picture of the method in the README: python experiments/figures.py
+The pictures of the README: python experiments/figures.py --figure method        (or entropy, attention, budgets)
 
-It draws what the fork layers of tinybubbles.py do with the scores of the README's worked example.
+method: what the fork layers of tinybubbles.py do with the scores of the README's worked example. entropy and attention
+look at a trained checkpoint, entropy at that of a plain GPT too; budgets draws what compare.py found. The numbers of
+a picture stand beside it, as JSON.
 """
+import json
 import math
+import os
+import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
+import numpy as np
 import torch
+from torch.nn import functional as F
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from experiments.compare import GPT, interval, less  # noqa: E402
+from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
-from tools.program import knob, read_flags  # noqa: E402
+from tools.files import load_checkpoint  # noqa: E402
+from tools.pictures import count_streams  # noqa: E402
+from tools.program import choose_device, knob, read_flags, refuse  # noqa: E402
+from train import Settings as TrainSettings  # noqa: E402
 
 TOKENS, BUDGET, BAR = "abcd", 1.5, 0.5
 SCORES = [  # (fork, keep) probabilities of every stream; originals are always kept
@@ -100,16 +113,161 @@ def draw_fork(axes, old, new, parents, bottom, top):
         axes.text(before[j] + 0.09, bottom + 0.06, "deleted", fontsize=8.5, color="#222222")
 
 
+# -- a trained model --------------------------------------------------------------------------------------------------
+
+def over_windows(statistic, *arrays):
+    """The statistic of the arrays (windows, ...) and its 95 % interval over 500 draws of windows: (3,) or (3, n)."""
+    rng, n = np.random.default_rng(0), len(arrays[0])
+    drawn = [statistic(*(a[rows] for a in arrays)) for rows in rng.integers(n, size=(500, n))]
+    return np.stack([statistic(*arrays), *np.nanpercentile(drawn, (2.5, 97.5), axis=0)])
+
+
+def ranks(values):
+    """Ranks of values (n,); equal values share the mean of theirs."""
+    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count + 1) / 2)[index]
+
+
+def spearman(a, b):
+    """Spearman's rank correlation of a and b, of any one shape."""
+    return np.corrcoef(ranks(a.ravel()), ranks(b.ravel()))[0, 1]
+
+
+@torch.no_grad()
+def entropy(model, gpt, idx, budget):
+    """Streams in the last block against the entropy of the prediction, this model's and a plain GPT's: for each rho,
+    and by tenths of the tokens mean entropy and mean streams, with intervals."""
+    parts = [[], [], []]
+    for row in idx.split(1):
+        streams = []
+        own, of_gpt = model(row, budget=budget, streams=streams)[0], gpt(row)[0]
+        parts[0].append(count_streams(streams)[-1].numpy())
+        for part, log_probs in zip(parts[1:], (own, of_gpt)):
+            part.append(-(log_probs.exp() * log_probs).sum(-1)[0].cpu().numpy())
+    count, found = np.stack(parts[0]), {}
+    for name, part in (("this model's", parts[1]), ("a plain GPT's", parts[2])):
+        H = np.stack(part)                                            # (windows, T)
+        tenth = np.searchsorted(np.quantile(H, np.arange(1, 10) / 10), H)
+        mean = lambda count, tenth: np.array([count[tenth == i].mean() for i in range(10)])
+        found[name] = dict(rho=over_windows(spearman, count, H).tolist(), entropy=mean(H, tenth).tolist(),
+                           streams=over_windows(mean, count, tenth).T.tolist())
+    return found
+
+
+def draw_entropy(found, axes):
+    for (name, line), color, marker in zip(found.items(), COLORS, "os"):
+        mean, low, high = np.array(line["streams"]).T
+        axes.errorbar(line["entropy"], mean, (mean - low, high - mean), color=color, marker=marker, capsize=3,
+                      label="{}: \u03c1 = {:.3f} ({:.3f} to {:.3f})".format(name, *line["rho"]))
+    axes.set(xlabel="entropy of the prediction, nats; tenths of the tokens", ylabel="streams per token, last block")
+
+
+@torch.no_grad()
+def attention(model, idx, budget):
+    """In each block after the first fork layer: the mean attention that an original which has forks pays to one of
+    them, to the original of the token before, and to a stream of an earlier token; with intervals."""
+    real, sums = F.scaled_dot_product_attention, []                   # (windows, blocks, 3 targets, sum and number)
+    for row in idx.split(1):
+        weights, streams, look = [], [], []
+
+        def seen(q, k, v, **how):
+            later = torch.ones(q.size(2), k.size(2), device=q.device).triu(1).bool()
+            logits = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(later, -math.inf)
+            weights.append(logits.softmax(-1).mean((0, 1)))           # (N, N), the mean over heads
+            return real(q, k, v, **how)
+        with mock.patch.object(F, "scaled_dot_product_attention", seen):
+            model(row, budget=budget, streams=streams)
+        for l in range(min(model.config.fork_layers), model.config.n_layer):
+            tok, there = streams[l][0][0], streams[l][0][0] >= 0
+            original = there & (tok != F.pad(tok[1:], (0, 1), value=-2))
+            asks = original & (torch.bincount(tok[there], minlength=len(tok))[tok.clamp(min=0)] > 1)
+            query, key = tok[:, None], tok[None]
+            targets = (query == key) & ~original, (query == key + 1) & original, (query > key) & there
+            pairs = [target & asks[:, None] for target in targets]
+            look.append([[weights[l][pair].sum().item(), pair.sum().item()] for pair in pairs])
+        sums.append(look)
+    mean = lambda sums: sums.sum(0)[..., 0] / np.maximum(1, sums.sum(0)[..., 1])
+    found, names = over_windows(mean, np.array(sums)), ("its own fork", "the token before", "an earlier stream")
+    return {f"block {l}": {name: found[:, i, j].tolist() for j, name in enumerate(names)}
+            for i, l in enumerate(range(min(model.config.fork_layers), model.config.n_layer))}
+
+
+def draw_attention(found, axes):
+    for j, name in enumerate(next(iter(found.values()))):
+        mean, low, high = np.array([block[name] for block in found.values()]).T
+        axes.bar(np.arange(len(found)) + 0.27 * (j - 1), mean, 0.25, yerr=(mean - low, high - mean), capsize=3,
+                 color=COLORS[j], label=f"to {name}")
+    axes.set_xticks(range(len(found)), found)
+    axes.set_ylabel("attention of an original with forks\nto one such stream")
+
+
+def budgets(runs):
+    """At each budget the loss of bubbles less the plain GPT's, from compare.py's runs: mean and half its interval."""
+    last, found = list(runs[0]["loss"])[-1], {}
+    for arm in ("bubbles, r = 2", "bubbles, elastic"):
+        dials = next((run["loss"][last] for run in runs if run["arm"] == arm), {})
+        found[arm] = {r: interval(less(runs, arm, GPT, last, r)) for r in sorted(dials, key=float)}
+    return found
+
+
+def draw_budgets(found, axes):
+    axes.axhline(0, color="black", linewidth=1)
+    for (name, line), color, marker in zip(found.items(), COLORS, "os"):
+        mean, half = np.array(list(line.values())).reshape(-1, 2).T
+        axes.errorbar(list(map(float, line)), mean, half, color=color, marker=marker, capsize=3, label=name)
+    axes.set(xlabel="budget at inference, streams per token", ylabel="loss less a plain GPT's, nats (lower is better)")
+
+
 @dataclass
 class Settings:
-    results: str = knob(str(ROOT / "experiments" / "results"), "where method.png goes")
+    figure: str = knob("method", "method, entropy, attention or budgets",
+                       choices=("method", "entropy", "attention", "budgets"))
+    out_dir: str = knob("out", "a run of train.py with forks, for entropy and attention")
+    gpt_dir: str = knob("out-gpt", "a run of train.py --fork_layers none, for entropy")
+    budget: float = knob(1.5, "streams per token, for entropy and attention", low=1)
+    windows: int = knob(64, "validation windows, for entropy and attention", low=2)
+    device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
+    results: str = knob(str(ROOT / "experiments" / "results"), "where pictures and numbers go; text.json is there")
+
+
+def measure(s):
+    """The numbers of a figure, and a sentence about them."""
+    text = Path(s.results) / "text.json"
+    if s.figure == "budgets":
+        if not text.exists():
+            refuse(f"there is no {text}; run compare.py --preset text first, or name its folder with --results")
+        whole = json.loads(text.read_text())
+        seeds = len({run["seed"] for run in whole["runs"]})
+        return budgets(whole["runs"]), f"{seeds} paired seeds, 95 % intervals"
+    device = choose_device(s.device)
+    load = lambda folder: load_checkpoint(Path(folder) / "best.pt", device)
+    checkpoint, model = load(s.out_dir)
+    data = Text(TrainSettings(**checkpoint["settings"] | dict(eval_iters=1, batch_size=s.windows)))
+    idx, note = torch.from_numpy(data.val_batch(0)[0]).to(device), f"{s.windows} validation windows, 95 % intervals"
+    note = f"one checkpoint at a budget of {s.budget:g}; {note} over windows"
+    if s.figure == "attention":
+        return attention(model.eval(), idx, s.budget), note
+    return entropy(model.eval(), load(s.gpt_dir)[1].eval(), idx, s.budget), note
 
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
-    path = Path(s.results) / "method.png"
+    path = Path(s.results) / f"{s.figure}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_method(path)
+    if s.figure == "method":
+        draw_method(path)
+    else:
+        found, note = measure(s)
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
+        whole = dict(about=note, machine=machine, found=found)
+        path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
+        figure = plt.figure(figsize=(7.5, 4.5), layout="constrained", facecolor="white")
+        axes = figure.subplots()
+        dict(entropy=draw_entropy, attention=draw_attention, budgets=draw_budgets)[s.figure](found, axes)
+        axes.legend(frameon=False, fontsize=9)
+        figure.supxlabel(note, fontsize=9)
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
     print(path)
 
 

@@ -1,7 +1,7 @@
 """
-What bubbles are compared with, each built on tinybubbles' own blocks, so that only the idea differs: copies, pauses (two
-forms), recurrent depth, PonderLM-2 and PonderLM-3; bubbles that fork at random, or are not attenuated; and bubbles with
-what this project once did otherwise than the paper.
+What bubbles are compared with, each built on tinybubbles' own blocks, so that only the idea differs: copies, pauses
+(two forms), recurrent depth, PonderLM-2 and PonderLM-3; bubbles that fork at random, or are not attenuated; and bubbles
+with what this project once did otherwise than the paper.
 
 All are called, trained and sampled as a Tinybubbles. The budget of a rival, always a whole number, is n, the positions
 of a token: copies, a token and its pauses, a token and its latent slots; of recurrent depth, its iterations.
@@ -220,7 +220,7 @@ class RecurrentDepth(Rival):
         return self.blocks[-1](self.ln_s(s), where, cache)
 
     def keep_latest(self, cache, where, i, going):
-        """In iteration i of the cache, rows that are not going (B, 1) stand as of the iteration before (section 6.1)."""
+        """In iteration i of the cache, rows not going (B, 1) stand as of the iteration before (section 6.1)."""
         if cache is not None and i:
             for l in range(self.config.n_layer - 2):
                 kv, at = cache.kv.setdefault((l, i), torch.zeros_like(cache.kv[l, 0])), (cache.row, where.slot)

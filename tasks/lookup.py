@@ -8,8 +8,8 @@ VALIDATION = 0, 0, 0, 0, 1           # begins the seeds of validation batches; n
 
 
 class Lookup:
-    """`s3=v1 s0=v2 ... q17 q4 ...`: each query token stands for a fixed ordered list of m = 1..4 slots, and its target is
-    one token that says their values in that order, so it must fetch m things at once. One token is a slot with its
+    """`s3=v1 s0=v2 ... q17 q4 ...`: each query token stands for a fixed ordered list of m = 1..4 slots, and its target
+    is one token that says their values in that order, so it must fetch m things at once. One token is a slot with its
     value. Vocabulary: answers, slots with values, queries (LISTS for each m), shown as numbers."""
     SLOTS, VALUES, LISTS, QUERIES, LONGEST = 16, 3, 4, 32, 4
     vocabulary, size = [], "batches made as they are needed"

@@ -1,4 +1,5 @@
 """Seeing bubbles: sample.py's shading and map, and the figures: `python -m pytest tests/test_bubbles.py`."""
+import json
 import os
 import pty
 import re
@@ -6,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import sample
 import train
 from experiments import figures
+from experiments.compare import GPT
 from tinybubbles import Config, Tinybubbles
 from tools import files, pictures
 
@@ -23,14 +26,13 @@ VERSE = "O for a Muse of fire, that would ascend\nThe brightest heaven of invent
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with four small runs: out, out-gpt, out-topk and out-elastic."""
+    """A folder with two small runs, out and out-gpt."""
     torch.set_num_threads(1)
     folder, here = tmp_path_factory.mktemp("bubbles"), os.getcwd()
     os.chdir(folder)
     Path("text.txt").write_text(VERSE * 20, "utf-8")
-    for out, flags in {"out": "--budget 1.5", "out-gpt": "--fork_layers none", "out-elastic": "--budget 1,2",
-                       "out-topk": "--paper"}.items():
-        train.main([*TINY, "--fork_layers", "1,2", *flags.split(), "--out_dir", out])
+    for out, flags in {"out": ["--fork_layers=1,2", "--budget=1.5"], "out-gpt": ["--fork_layers=none"]}.items():
+        train.main([*TINY, *flags, "--out_dir", out])
     yield folder
     os.chdir(here)
 
@@ -75,10 +77,10 @@ def test_past_the_context_half_of_it_is_read_again(model):
     assert torch.equal(counts, torch.cat([parts[0], *(part[:, 6:] for part in parts[1:])], dim=1))
 
 
-def on_a_terminal(command, **env):
+def on_a_terminal(command):
     """What a command writes to a terminal of its own."""
     main, side = pty.openpty()
-    done = subprocess.Popen(command, stdout=side, env={**os.environ, "TERM": "xterm", "NO_COLOR": "", **env})
+    done = subprocess.Popen(command, stdout=side, env={**os.environ, "TERM": "xterm", "NO_COLOR": ""})
     os.close(side)
     out = b""
     while True:
@@ -103,14 +105,24 @@ def unshade(text):
     return "".join(chars), codes
 
 
-def test_characters_are_shaded_by_their_streams_on_a_terminal_only(folder):
+def test_colours_are_for_terminals_that_want_them(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", type("Terminal", (), dict(isatty=lambda self: True))())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert pictures.shade("a", 2).startswith("\33[") and pictures.shade("a", 1) == "a"
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert pictures.shade("a", 2) == "a"
+
+
+def test_characters_are_shaded_by_their_streams_on_a_terminal_only(folder, capsys):
     """The shade of every character, given or generated, is that of its streams when the whole text is read."""
-    flags = [sys.executable, str(ROOT / "sample.py"), "--prompt", "The br", "--max_new_tokens", "9",
-             "--temperature", "0", "--show_bubbles"]
-    shaded, codes = unshade(on_a_terminal(flags))
-    plain = subprocess.run(flags, capture_output=True, text=True, check=True).stdout
-    without = subprocess.run(flags[:-1], capture_output=True, text=True, check=True).stdout
-    assert "\33" not in plain + on_a_terminal(flags, NO_COLOR="1") + on_a_terminal(flags, TERM="dumb")
+    flags = ["--prompt", "The br", "--max_new_tokens", "9", "--temperature", "0", "--show_bubbles"]
+    shaded, codes = unshade(on_a_terminal([sys.executable, str(ROOT / "sample.py"), *flags]))
+    capsys.readouterr()
+    plain, without = ((sample.main(some), capsys.readouterr().out)[1] for some in (flags, flags[:-1]))
+    assert "\33" not in plain
     assert [text.split("\nstreams:")[0] for text in (shaded, plain)] == [without.split("\n" + "-" * 80)[0]] * 2
     _, model = files.load_checkpoint(Path("out/best.pt"), "cpu")
     text = without.split("\n" + "-" * 80)[0].encode()
@@ -149,3 +161,62 @@ def test_the_picture_of_the_method_is_drawn_from_what_fork_layers_do(folder):
     assert rows[2][2] == [(0, False), (1, False), (2, False), (4, False), (5, True), (5, False)]
     figures.main(["--results", "results"])
     assert Path("results/method.png").stat().st_size > 10000
+
+
+# -- figures of a trained model --------------------------------------------------------------------------------------
+
+def test_attention_is_what_the_model_attends_to(model):
+    """Against attention computed with values that tell keys apart: a mean over the streams of a kind, by loops."""
+    idx, streams, probe = torch.randint(40, (1, 12)), [], []
+    found = figures.attention(model, torch.cat((idx, idx)), 2.0)
+    assert list(found) == ["block 1", "block 2", "block 3", "block 4"]
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def look(q, k, v, **how):
+        one_hot = torch.eye(k.size(2)).expand(*k.shape[:3], -1)
+        probe.append(real(q, k, one_hot, **how)[0].mean(0))
+        return real(q, k, v, **how)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+        model(idx, budget=2.0, streams=streams)
+    for l in range(1, 5):
+        tok, values = streams[l][0][0].tolist(), {name: [] for name in found[f"block {l}"]}
+        last = {t: i for i, t in enumerate(tok) if t >= 0}
+        for t, i in last.items():
+            own = [j for j in range(i) if tok[j] == t]
+            if own:
+                before = [j for j in range(i) if 0 <= tok[j] < t]
+                values["its own fork"] += [probe[l][i, j].item() for j in own]
+                values["the token before"] += [probe[l][i, last[t - 1]].item()] if t else []
+                values["an earlier stream"] += [probe[l][i, j].item() for j in before]
+        for name, numbers in values.items():
+            mean, low, high = found[f"block {l}"][name]
+            assert mean == pytest.approx(np.mean(numbers), abs=1e-6) and low <= mean + 1e-9 and mean <= high + 1e-9
+
+
+def test_entropy_is_set_against_streams(model):
+    found = figures.entropy(model, model, torch.randint(40, (32, 12)), 1.4)
+    for line in found.values():
+        assert line["entropy"] == sorted(line["entropy"]) and all(low <= mean <= high for mean, low, high in
+                                                                  line["streams"])
+        rho, low, high = line["rho"]
+        assert low <= rho <= high
+    a, b = np.array([1.0, 2, 3, 4]), np.array([10.0, 10, 30, 20])
+    assert figures.spearman(a, a ** 3) == pytest.approx(1) and figures.spearman(a, -a) == pytest.approx(-1)
+    assert figures.spearman(a, b) == pytest.approx(0.7378648)         # ranks 1 2 3 4 against 1.5 1.5 4 3
+
+
+def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
+    with pytest.raises(SystemExit) as end:
+        figures.main(["--figure", "budgets", "--results", "results"])
+    assert end.value.code == 2 and "compare.py --preset text" in capsys.readouterr().err
+    run = lambda arm, seed, loss: dict(arm=arm, seed=seed, loss={"9": loss})
+    runs = [run(GPT, 0, {"1": 1.0}), run(GPT, 1, {"1": 2.0}), run("bubbles, r = 2", 0, {"2": 0.9, "1": 1.1}),
+            run("bubbles, r = 2", 1, {"2": 1.7, "1": 2.1}), run("bubbles, elastic", 0, {"2": 0.5})]
+    Path("results/text.json").write_text(json.dumps(dict(runs=runs)))
+    for name in ("entropy", "attention", "budgets"):
+        figures.main(["--figure", name, "--results", "results", "--windows", "8", "--device", "cpu"])
+        assert Path(f"results/{name}.png").stat().st_size > 10000
+    found = json.loads(Path("results/budgets.json").read_text())["found"]
+    assert found["bubbles, r = 2"]["1"] == pytest.approx([0.1, 0.0], abs=1e-9)
+    assert found["bubbles, r = 2"]["2"] == pytest.approx([-0.2, 12.7062 * 0.1], rel=1e-4)

@@ -111,7 +111,7 @@ def test_the_first_step_whose_loss_is_not_finite_is_named(monkeypatch, capsys):
 DRIVER = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-import torch._dynamo, matplotlib.pyplot, train                        # all that a run would import before its first step
+import torch._dynamo, matplotlib.pyplot, train           # all that a run would import
 torch.set_num_threads(1)
 flags, chance, kills, steps, train_step = sys.argv[2:], random.Random(0), 0, set(), train.Trainer.train_step
 
@@ -133,7 +133,7 @@ def start(more):
 while True:
     child, seen = start(["--resume"] if os.path.exists("cut/ckpt.pt") else [])
     if kills < 50 and len([os.read(seen, 1) for _ in range(chance.randint(1, 10))][-1]):
-        time.sleep(chance.uniform(0, 0.03))                           # in a step, an evaluation, or while a file is written
+        time.sleep(chance.uniform(0, 0.03))               # in a step, an evaluation, or while a file is written
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills += 1
