@@ -228,7 +228,9 @@ def measure(jobs):
     clock("token_time", lambda trainer, arm: decode(trainer.model, tokens(trainer), float(arm.budgets[0])))
     for arm, trainer in trainers.items():
         trainer.model.train()
+        compiled, trainer.parallel = trainer.parallel, trainer.model  # what is compiled cannot be counted
         eight_steps = count_flops(lambda: [trainer.train_step(step) for step in range(8)])
+        trainer.parallel = compiled
         found[arm]["train_flops"] = eight_steps / 8 / trainer.s.batch_size / trainer.data.T
     clock("step_time", lambda trainer, arm: trainer.train_step(0))
     return found

@@ -15,6 +15,8 @@ def test_the_rival_is_a_textbook_gpt_with_or_without_its_cache():
     torch.manual_seed(0)
     config, idx = Config(vocab_size=11, block_size=24, n_layer=3, n_head=2, n_embd=16, fork_layers=()), tokens(0)
     gpt = bench.GPT(config)
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)
     twin = torch.nn.Module()                                          # the same weights by the model's names
     names = {name.replace(".qkv", ".attn.qkv").replace("s.0.proj", "s.0.attn.proj").replace(
         "s.1.proj", "s.1.attn.proj").replace("s.2.proj", "s.2.attn.proj"): p for name, p in gpt.named_parameters()}
