@@ -45,17 +45,17 @@ def train_to_recall(fork_layers, budgets, steps=200):
     """A model trained on 8 random symbols, four times over, with the budgets in turn; and a maker of such texts."""
     torch.manual_seed(0)
     model = Tinybubbles(Config(vocab_size=16, block_size=31, n_layer=3, n_head=2, n_embd=48, fork_layers=fork_layers))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
     text = lambda B: torch.randint(16, (B, 8)).repeat(1, 4)
     for step in range(steps):
-        idx = text(32)
+        idx = text(16)
         loss = model(idx[:, :-1], idx[:, 1:].index_fill(1, torch.arange(7), -1), budget=budgets[step % len(budgets)])[1]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.update_bars()
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 40, (steps - step) / (steps / 2))
+            group["lr"] = 4e-3 * min(1, (step + 1) / 40, (steps - step) / (steps / 2))
     measure_bars(model, [text(64)[:, :-1] for _ in range(4)], [r for r in model.config.bars if r not in budgets])
     return model.eval(), text
 

@@ -53,7 +53,7 @@ def test_the_training_batches_stay_as_they_were():
 def test_a_small_lookup_is_learned_and_reported_by_m(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
-    trainer = train.Trainer(settings("--max_iters", "1200", "--log_interval", "600"))
+    trainer = train.Trainer(settings("--max_iters", "800", "--log_interval", "400"))
     trainer.fit()
     accuracy, streams = trainer.data.grade(trainer.model.eval(), 2.0, trainer.device)
     assert (accuracy > 0.95).all() and (streams >= 1).all()

@@ -148,7 +148,7 @@ while True:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to start a run at once")
 def test_a_run_killed_at_50_random_moments_never_leaves_a_broken_file_and_ends_the_same():
-    flags = [*TINY, *"--max_iters 300 --eval_interval 4 --eval_iters 1 --block_size 8".split()]
+    flags = [*TINY, *"--max_iters 300 --eval_interval 4 --eval_iters 1 --block_size 8 --fork_layers 1".split()]
     train.main([*flags, "--out_dir", "whole"])
     done = subprocess.run([sys.executable, "-c", DRIVER, ROOT, *flags, "--out_dir", "cut"], capture_output=True,
                           text=True)
