@@ -293,6 +293,7 @@ def draw(path, runs, found, marks):
     """With one mark, the loss against the FLOPs of a generated token; with several, the difference to the plain GPT
     after each. Bars and bands: 95 % intervals of the paired difference to the plain GPT."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
     figure = Figure(figsize=(8, 5.5), layout="constrained", facecolor="white")
     axes, curves, shapes = figure.subplots(), {}, iter("osD^v<>Ph*Xp" * 3)
     for arm in dict.fromkeys(run["arm"] for run in runs):
@@ -312,10 +313,12 @@ def draw(path, runs, found, marks):
         else:
             axes.errorbar(x, y, yerr=np.nan_to_num(half), capsize=3, linewidth=1, **style)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     axes.set(**(dict(xlabel="step", ylabel="validation loss less the plain GPT's (nats)") if len(marks) > 1 else
                 dict(xlabel="MFLOPs of a generated token", ylabel="validation loss (nats per byte)")))
+    figure.supxlabel("95 % intervals, of the paired difference to the plain GPT", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
