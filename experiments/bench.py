@@ -154,6 +154,27 @@ def write_table(path, rows, about):
     path.write_text("\n".join([*lines, "", about]) + "\n")
 
 
+def draw(path, rows, about):
+    """The ratios against T: of a training step, a line for each budget; of a cached token, one for each width."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
+    panels = (("step", "budget", "a training step", 1.05), ("token", "n_embd", "a cached token", 1.6))
+    for axes, (kind, by, title, target) in zip(figure.subplots(1, 2), panels):
+        own = [row for row in rows if row["kind"] == kind]
+        for value, color in zip(sorted({row[by] for row in own}), ("#0072b2", "#d55e00", "#009e73")):
+            line = [(row["T"], row["ratio"]) for row in own if row[by] == value]
+            axes.plot(*zip(*line), "o-", color=color, label=f"r = {value:g}" if by == "budget" else f"width {value}")
+        axes.axhline(1, color="black", linewidth=1)
+        axes.axhline(target, color="black", linewidth=1, linestyle=":", label=f"target, {target}")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        top = max([target, *(row["ratio"] for row in own)])
+        axes.set(title=title, xlabel="T, tokens", ylabel="times a GPT's", ylim=(0, 1.1 * top))
+        axes.legend(frameon=False)
+    figure.supxlabel(about[:about.index(",")], fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     device, (plan, rounds), path = choose_device(s.device), PRESETS[s.preset], Path(s.results) / "bench.json"
@@ -173,6 +194,7 @@ def main(argv):
             write_atomically(path, lambda file: file.write(json.dumps(rows, indent=1).encode()))
             print(rows[-1], flush=True)
     write_table(path.with_suffix(".md"), rows, about)
+    draw(path.with_suffix(".png"), rows, about)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def test_rows_are_measured_once_and_a_table_is_written(tmp_path, capsys):
     bench.main(flags)
     assert json.loads(Path(tmp_path / "bench.json").read_text()) == rows
     assert (tmp_path / "bench.md").read_text().count("\n| ") == 2
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
     with pytest.raises(SystemExit) as end:
         bench.main(["--preset", "none"])
     assert end.value.code == 2 and "--preset" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 import csv
 import functools
 import hashlib
-import json
 import os
 import re
 import shlex
