@@ -135,7 +135,7 @@ def test_every_command_of_the_readme_runs(folder, capsys):
     train_here()
     small = {"train.py": [*TINY, "--compile", "false"], "sample.py": ["--max_new_tokens", "5", "--compile", "false"],
              "experiments/bench.py": ["--preset", "smoke", "--results", "pictures"],
-             "experiments/compare.py": [], "experiments/figures.py": ["--results", "pictures", "--windows", "4"]}
+             "experiments/compare.py": [], "experiments/figures.py": ["--results", "pictures", "--windows", "16"]}
     done = []
     for command in commands:
         start, script, flags = re.match(r"python (.*?)(\S+\.py)(.*)", command).groups()
@@ -190,8 +190,8 @@ def test_compile_and_bfloat16_train_the_same_model(folder, monkeypatch):
     torch._dynamo.reset()
     losses.append(train_here("--compile")["val_loss"])
     assert max(losses) - min(losses) < 0.02
-    many = "--budget 1,1.2,1.4,1.6,1.8,2 --max_iters 8 --n_layer 1 --fork_layers 0"  # a graph for each: none refused
-    train_here("--compile", *many.split())
+    many = "--budget 1,1.2,1.4,1.6,1.8,2 --max_iters 8 --eval_interval 8 --n_layer 1 --fork_layers 0"
+    train_here("--compile", *many.split())                            # a graph for each: none refused
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
