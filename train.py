@@ -98,12 +98,13 @@ class Trainer:
         self.rank, self.world, self.device = join_processes(choose_device(s.device))
         self.half = s.dtype == "bfloat16" or s.dtype == "auto" and self.device.type == "cuda"
         self.say = (lambda text: None) if self.rank else functools.partial(print, flush=True)
-        self.data = in_turn(lambda: make_data(s))                     # the first process fetches it for all
+        self.data = in_turn(lambda: make_data(s), self.rank, self.world)             # the first one fetches it for all
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}
         shared |= dict(budget=max(s.budget), bars=Config.bars + s.budget, vocab_size=self.data.vocab_size)
         torch.manual_seed(s.seed)
         self.model = or_refuse(lambda: make(Config(**shared), s.paper)).to(self.device)
-        torch._dynamo.config.recompile_limit = 100                    # a graph for each budget, trained and evaluated
+        if s.compile:
+            torch._dynamo.config.recompile_limit = 100                # a graph for each budget, trained and evaluated
         self.compiled = torch.compile(self.model) if s.compile else self.model
         self.parallel = DDP(self.compiled, broadcast_buffers=False) if self.world > 1 else self.compiled
         self.optimizer = make_optimizer(self.model, s, self.device)
@@ -190,10 +191,9 @@ class Trainer:
     def save(self, name, step):
         """Write a checkpoint: the weights after `step` updates, and all that --resume needs."""
         if not self.rank:
-            state = dict(step=step, model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+            state = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), batches=self.batches,
                          config=dataclasses.asdict(self.model.config), settings=dataclasses.asdict(self.s),
-                         vocabulary=self.data.vocabulary, val_loss=self.val_loss, best_val_loss=self.best,
-                         batches=self.batches)
+                         step=step, vocabulary=self.data.vocabulary, val_loss=self.val_loss, best_val_loss=self.best)
             write_atomically(self.out / name, lambda file: torch.save(state, file))
             if self.best == math.inf:                                 # never evaluated: a best.pt is an older run's
                 (self.out / "best.pt").unlink(missing_ok=True)

@@ -36,6 +36,12 @@ class Rival(Tinybubbles):
             cache.claim(replace(self.config, block_size=int(n) * self.config.block_size), idx, n)
         return int(n)
 
+    def room(self, idx, n):
+        """A cache for a text that is read once."""
+        cache = Cache()
+        self.check(idx, n, cache)
+        return cache
+
     def positions(self, idx, n, cache, own=False):
         """The Streams of n positions of each token of idx; own: all at their token's rotary position."""
         B, T = idx.shape
@@ -127,12 +133,6 @@ class RandomPauses(Pauses):
             cache.held[0] -= T * M                                                   # forget the pauses
         return self.result(self.log_probs(x, targets), targets)
 
-    def room(self, idx, n):
-        """A cache for a text that is read once."""
-        cache = Cache()
-        self.check(idx, n, cache)
-        return cache
-
     def train_step(self, idx, targets, streams):
         B, T = idx.shape
         number = round(0.1 * T)
@@ -177,7 +177,7 @@ class RecurrentDepth(Rival):
         L = 2 + config.budget * (config.n_layer - 2)
         self.blocks = nn.ModuleList(Sandwich(block, config, L) for block in self.blocks)
         self.ln_s, self.ln_f = (nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(2))
-        self.register_buffer("noise", self.draw_noise(torch.empty(config.block_size, config.n_embd)), persistent=True)
+        self.register_buffer("noise", self.draw_noise(torch.empty(config.block_size, config.n_embd)))
 
     def draw_noise(self, s):
         return nn.init.trunc_normal_(s, 0, math.sqrt(2 / 5), -3 * math.sqrt(2 / 5), 3 * math.sqrt(2 / 5))
@@ -266,9 +266,7 @@ class PonderLM2(Rival):
         if self.training and targets is not None:
             h, penalty = self.sweep(x, idx, n)
             return None, self.result(self.head(h, targets), targets)[1] + penalty
-        if cache is None:
-            cache = Cache()
-            self.check(idx, n, cache)
+        cache = cache or self.room(idx, n)
         began = cache.length - idx.size(1) + 1
         h = torch.cat([self.read_token(part, began + t, n, cache) for t, part in enumerate(x.split(1, 1))], 1)
         return self.result(self.head(h, targets), targets)
