@@ -152,7 +152,7 @@ def train(job):
     trainer, path, marks = job.trainer(), job.path(), PRESETS[job.preset].marks
     run = dict(arm=job.arm, rate=job.rate, seed=job.seed, flags=job.flags(), loss={},
                parameters=sum(p.numel() for p in trainer.model.parameters()))
-    run = json.loads(path.read_text()) if trainer.start else run
+    run = json.loads(path.read_text()) if path.exists() else run
     for step in range(trainer.start, marks[-1] + 1):
         if step in marks:
             run["loss"][str(step)] = losses(trainer, ARMS[job.arm], step)

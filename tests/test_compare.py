@@ -45,29 +45,30 @@ def test_the_loss_is_that_of_the_saved_model(results):
     assert trainer.evaluate(2.0) == pytest.approx(job.done()["loss"]["10"]["2"], abs=1e-6)
 
 
-def test_a_second_call_makes_no_run_again_and_a_stopped_run_goes_on_exactly(results, monkeypatch):
+def test_a_second_call_makes_no_run_again(results, monkeypatch):
     monkeypatch.setattr(compare, "train", lambda job: pytest.fail("a run was made again"))
     compare.main(["--results", "again"])
-    again = json.loads(Path("again/smoke.json").read_text())
-    assert again["runs"] == results["runs"]
-    monkeypatch.undo()
-    job, step = Job("smoke", "bubbles, r = 2", 4e-3, 0, "stopped"), Trainer.train_step
-    Path("stopped").mkdir(exist_ok=True)
+    assert json.loads(Path("again/smoke.json").read_text())["runs"] == results["runs"]
+
+
+@pytest.mark.parametrize("at", (3, 7), ids=("before its first mark", "after it"))
+def test_a_stopped_run_goes_on_exactly(results, monkeypatch, at):
+    job, step = Job("smoke", "bubbles, r = 2", 4e-3, 0, f"stopped at {at}"), Trainer.train_step
+    Path(job.folder).mkdir()
+
+    def stop(trainer, i):
+        if i == at:
+            trainer.save("ckpt.pt", i)
+            raise KeyboardInterrupt
+        return step(trainer, i)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "train_step", lambda self, i: stop(self, i, step))
+        patch.setattr(Trainer, "train_step", stop)
         compare.train(job)
     assert not job.done()
     compare.train(job)
     whole = next(run for run in results["runs"] if run["arm"] == job.arm and run["seed"] == 0)
     assert job.done()["loss"] == whole["loss"]
-
-
-def stop(trainer, i, step):
-    """A run that is stopped after its seventh step, which it has saved."""
-    if i == 7:
-        trainer.save("ckpt.pt", i)
-        raise KeyboardInterrupt
-    return step(trainer, i)
 
 
 def test_the_papers_model_is_judged_on_the_path_that_it_generates(results, monkeypatch):
