@@ -76,7 +76,8 @@ COLORS = {name: color for names, color in (
     ((GPT, "deeper GPT", "wider GPT"), "#000000"), (("copy-2", "copy-2, last"), "#e69f00"),
     (("pauses", "random pauses"), "#009e73"), (("recurrent depth",), "#cc79a7"),
     (("PonderLM-2", "PonderLM-3"), "#d55e00"),
-    (("bubbles, each r", "bubbles, r = 2", "bubbles, elastic"), "#0072b2")) for name in names}
+    (("bubbles, each r",), "#0072b2"), (("bubbles, r = 2",), "#56b4e9"), (("bubbles, elastic",), "#003a6b"))
+    for name in names}
 
 
 @dataclasses.dataclass
@@ -290,23 +291,22 @@ def write_table(path, runs, found, marks, about):
 
 
 def draw(path, runs, found, marks):
-    """With one mark, the loss against the FLOPs of a generated token; with several, the difference to the plain GPT
-    after each. Bars and bands: 95 % intervals of the paired difference to the plain GPT."""
+    """The paired difference to the plain GPT with its 95 % interval: with one mark, against the FLOPs of a generated
+    token; with several, after each."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
     figure = Figure(figsize=(8, 5.5), layout="constrained", facecolor="white")
     axes, curves, shapes = figure.subplots(), {}, iter("osD^v<>Ph*Xp" * 3)
     for arm in dict.fromkeys(run["arm"] for run in runs):
-        own = curves.setdefault(ARMS[arm].curve or arm, [])
+        own, budget = curves.setdefault(ARMS[arm].curve or arm, []), f"{ARMS[arm].budgets[0]:g}"
         if len(marks) > 1:
-            budget = f"{ARMS[arm].budgets[0]:g}"
             own += [(mark, *interval(less(runs, arm, GPT, mark, budget))) for mark in marks]
         elif arm in found:
-            own += [(found[arm]["flops"][budget] / 1e6, np.mean(list(by_seed(runs, arm, marks[-1], budget).values())),
-                     interval(less(runs, arm, GPT, marks[-1], budget))[1]) for budget in found[arm]["flops"]]
+            own += [(flops / 1e6, *interval(less(runs, arm, GPT, marks[-1], budget)))
+                    for budget, flops in found[arm]["flops"].items()]
     for name, points in curves.items():
         x, y, half = np.array(sorted(points)).T.reshape(3, -1)
-        style = dict(color=COLORS.get(name, "#56b4e9"), marker=next(shapes), markersize=6, label=name)
+        style = dict(color=COLORS.get(name, "#888888"), marker=next(shapes), markersize=6, label=name)
         if len(marks) > 1:
             axes.plot(x, y, **style)
             axes.fill_between(x, y - half, y + half, color=style["color"], alpha=0.15)
@@ -316,9 +316,13 @@ def draw(path, runs, found, marks):
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
-    axes.set(**(dict(xlabel="step", ylabel="validation loss less the plain GPT's (nats)") if len(marks) > 1 else
-                dict(xlabel="MFLOPs of a generated token", ylabel="validation loss (nats per byte)")))
-    figure.supxlabel("95 % intervals, of the paired difference to the plain GPT", fontsize=9)
+    axes.set_yscale("symlog", linthresh=0.03, linscale=2)             # a bad arm must not flatten the others
+    view = axes.get_ylim()
+    axes.set_yticks([-0.1, -0.03, -0.02, -0.01, 0, 0.01, 0.02, 0.03, 0.1, 0.3, 1], minor=False)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:+g}" if y else "0")
+    axes.set(ylim=view, xlabel="step" if len(marks) > 1 else "MFLOPs of a generated token",
+             ylabel="validation loss less the plain GPT's (nats per byte)")
+    figure.supxlabel("95 % intervals; beyond ±0.03 the scale is logarithmic", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
