@@ -103,8 +103,8 @@ PRESETS = {
                                  "a small fork embedding", "all three", "the paper's model", "the authors' code"), 10,
                          RATES, (2000,)),
     "text": Preset(SMALL, tuple(ARMS)[:18], 10, RATES, (2000,)),
-    "long": Preset(SMALL, (GPT, "deeper GPT", "copy-2", "recurrent depth", "random selection", "bubbles, r = 2"), 5, (4e-3,),
-                   (2000, 5000, 10000, 20000, 40000)),
+    "long": Preset(SMALL, (GPT, "deeper GPT", "copy-2", "recurrent depth", "random selection", "bubbles, r = 2"), 5,
+                   (4e-3,), (2000, 5000, 10000, 20000, 40000)),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 32 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
                   (1000, 3000), deeper=14, wider=528),
