@@ -4,7 +4,8 @@ Bubbles beside their rivals: python experiments/compare.py --preset smoke       
 Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at the
 best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped goes
 on from its last checkpoint. Then PRESET.json, .md and .png are written to --results, of whatever is done by then:
-validation loss, its paired difference to the plain GPT, FLOPs as PyTorch counts them, and times, measured in turns.
+validation loss, its paired difference to the plain GPT, FLOPs as PyTorch counts them, and times, measured in turns. What
+PRESET.json already says is kept: to add an arm or a seed, only that is trained.
 
 An arm is a line of ARMS: flags of train.py, the budgets it is evaluated at, and a class of rivals.py at the most.
 """
@@ -103,15 +104,16 @@ PRESETS = {
                                  "a small fork embedding", "all three", "the paper's model", "the authors' code"), 10,
                          RATES, (2000,)),
     "text": Preset(SMALL, tuple(ARMS)[:18], 10, RATES, (2000,)),
-    "long": Preset(SMALL, (GPT, "deeper GPT", "copy-2", "recurrent depth", "random selection", "bubbles, r = 2"), 5,
-                   (4e-3,), (2000, 5000, 10000, 20000, 40000)),
+    "long": Preset("--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 --fork_layers 1,2 --batch_size 4",
+                   (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (4e-3,),
+                   (2000, 5000, 10000, 20000, 40000)),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 32 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
                   (1000, 3000), deeper=14, wider=528),
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Job:
     """One run: a preset's arm at a learning rate with a seed."""
     preset: str
@@ -137,11 +139,15 @@ class Job:
         last = run["loss"].get(str(PRESETS[self.preset].marks[-1]), {})
         return run if all(f"{budget:g}" in last for budget in ARMS[self.arm].budgets) else None
 
+    def trained(self):
+        """Whether a checkpoint is there: of a run that another machine made, only the JSON is."""
+        return (self.path().with_suffix("") / "ckpt.pt").exists()
+
     def trainer(self):
         """The Trainer, at the run's last checkpoint."""
         out = self.path().with_suffix("")
         s = read_flags(TrainSettings, [*self.flags().split(), "--out_dir", str(out)], "")
-        saved = torch.load(out / "ckpt.pt", s.device, weights_only=True) if (out / "ckpt.pt").exists() else None
+        saved = torch.load(out / "ckpt.pt", s.device, weights_only=True) if self.trained() else None
         return Trainer(s, saved, lambda config, paper: ARMS[self.arm].make(config))
 
 
@@ -358,22 +364,38 @@ def best_rate(jobs):
     return jobs[int(np.nanargmin(loss))].rate
 
 
+def recall(s):
+    """What PRESET.json says of today's arms: their runs return to --runs. Returns each arm's rate, and what was measured
+    of it."""
+    path = Path(s.results) / f"{s.preset}.json"
+    told = json.loads(path.read_text()) if path.exists() else dict(runs=[], measured={})
+    jobs = {Job(s.preset, run["arm"], run["rate"], run["seed"], s.runs): run for run in told["runs"]
+            if run["arm"] in PRESETS[s.preset].arms}
+    jobs = {job: run for job, run in jobs.items() if job.flags() == run["flags"]}
+    for job, run in jobs.items():
+        if not job.path().exists():
+            job.path().write_text(json.dumps(run))
+    rates = {job.arm: job.rate for job in jobs}
+    return rates, {arm: m for arm, m in told["measured"].items() if arm in rates}
+
+
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     p, results = PRESETS[s.preset], Path(s.results)
     for folder in (s.runs, s.results):
         Path(folder).mkdir(parents=True, exist_ok=True)
     shakespeare(Path("data") / "shakespeare.txt")                     # once, before several processes want it
-    sweep = {arm: [Job(s.preset, arm, rate, 0, s.runs) for rate in p.rates] for arm in p.arms}
+    rates, found = recall(s)
+    sweep = {arm: [Job(s.preset, arm, rate, 0, s.runs) for rate in p.rates] for arm in p.arms if arm not in rates}
     if s.train:
         train_all(s, [job for jobs in sweep.values() for job in jobs])
-    rates = {arm: rate for arm, jobs in sweep.items() if (rate := best_rate(jobs))}
-    jobs = [Job(s.preset, arm, rate, seed, s.runs) for seed in range(p.seeds) for arm, rate in rates.items()]
+    rates |= {arm: rate for arm, jobs in sweep.items() if (rate := best_rate(jobs))}
+    jobs = [Job(s.preset, arm, rates[arm], seed, s.runs) for seed in range(p.seeds) for arm in p.arms if arm in rates]
     if s.train:
         train_all(s, jobs)
     done = [job for job in jobs if job.done()]
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
-    found = measure([job for job in done if job.seed == 0])
+    found |= measure([job for job in done if job.seed == 0 and (job.arm == GPT or job.trained())])
     machine = torch.cuda.get_device_name() if "cuda" in p.flags else f"{platform.machine()}, {os.cpu_count()} cores"
     about = (f"Nats per byte of the plays, ± half a 95 % interval over seeds 0 to {p.seeds - 1} (Student's t); "
              f"differences are paired: same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; rates "

@@ -51,6 +51,20 @@ def test_a_second_call_makes_no_run_again(results, monkeypatch):
     assert json.loads(Path("again/smoke.json").read_text())["runs"] == results["runs"]
 
 
+def test_what_the_results_say_is_kept_where_no_run_is(results, monkeypatch):
+    """A clone has the results alone: with one run struck out, that one is made, and it says what it said."""
+    told = json.loads(Path("results/smoke.json").read_text())
+    lost = told["runs"].pop()
+    Path("kept").mkdir()
+    Path("kept/smoke.json").write_text(json.dumps(told))
+    made, train = [], compare.train
+    monkeypatch.setattr(compare, "train", lambda job: made.append((job.arm, job.seed)) or train(job))
+    compare.main(["--results", "kept", "--runs", "none-yet"])
+    again = json.loads(Path("kept/smoke.json").read_text())
+    assert made == [(lost["arm"], lost["seed"])] and again["runs"] == results["runs"]
+    assert again["measured"]["copy-2"] == told["measured"]["copy-2"]              # no checkpoint of it was there
+
+
 @pytest.mark.parametrize("at", (3, 7), ids=("before its first mark", "after it"))
 def test_a_stopped_run_goes_on_exactly(results, monkeypatch, at):
     job, step = Job("smoke", "bubbles, r = 2", 4e-3, 0, f"stopped at {at}"), Trainer.train_step
