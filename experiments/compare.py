@@ -1,11 +1,11 @@
 """
-Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or departures, text, long, gpu)
+Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or text, long, selection, gpu)
 
 Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at the
 best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped goes
 on from its last checkpoint. Then PRESET.json, .md and .png are written to --results, of whatever is done by then:
-validation loss, its paired difference to the plain GPT, FLOPs as PyTorch counts them, and times, measured in turns. What
-PRESET.json already says is kept: to add an arm or a seed, only that is trained.
+validation loss, its paired difference to the plain GPT, FLOPs as PyTorch counts them, and times, measured in turns.
+What PRESET.json already says is kept: to add an arm or a seed, only that is trained.
 
 An arm is a line of ARMS: flags of train.py, the budgets it is evaluated at, and a class of rivals.py at the most.
 """
@@ -68,10 +68,10 @@ ARMS = {
     "bubbles, elastic": Arm("--budget 1,1.5,2,4", (2, 1, 1.25, 1.5, 3, 4)),
     "the paper's model": Arm("--paper", (2,), PaperTinybubbles),
     "the authors' code": Arm("--paper", (2,), lambda config: PaperTinybubbles(config, merge="residual")),
-    "a margin for old forks": Arm("", (2,), rivals.Margin),
-    "log P undivided": Arm("", (2,), rivals.Undivided),
-    "a small fork embedding": Arm("", (2,), rivals.SmallEmbedding),
-    "all three": Arm("", (2,), rivals.AllThree),
+    "placed by hand": Arm("", (2,), rivals.Oracle),
+    "fading noise": Arm("", (2,), rivals.FadingNoise),
+    "random first": Arm("", (2,), rivals.RandomFirst),
+    "a charge per stream": Arm("", (2,), rivals.Charged),
 }
 COLORS = {name: color for names, color in (
     ((GPT, "deeper GPT", "wider GPT"), "#000000"), (("copy-2", "copy-2, last"), "#e69f00"),
@@ -100,20 +100,22 @@ PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
-    "departures": Preset(SMALL, (GPT, "bubbles, r = 2", "a margin for old forks", "log P undivided",
-                                 "a small fork embedding", "all three", "the paper's model", "the authors' code"), 10,
-                         RATES, (2000,)),
-    "text": Preset(SMALL, tuple(ARMS)[:18], 10, RATES, (2000,)),
+    "text": Preset(SMALL, tuple(ARMS)[:19], 10, RATES, (2000,)),
     "long": Preset("--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 --fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (4e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
+    "selection": Preset("--device cpu --dataset lookup --block_size 48 --n_layer 3 --n_head 2 --n_embd 16 "
+                        "--fork_layers 1,2 --batch_size 16",
+                        (GPT, "deeper GPT", "wider GPT", "placed by hand", "random selection", "bubbles, r = 2",
+                         "bubbles, elastic", "fading noise", "random first", "a charge per stream"), 10,
+                        (8e-3, 4e-3, 16e-3), (100, 500, 1000, 2000, 4000), deeper=5, wider=20),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 32 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
                   (1000, 3000), deeper=14, wider=528),
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Job:
     """One run: a preset's arm at a learning rate with a seed."""
     preset: str
@@ -162,7 +164,12 @@ def train(job):
     run = json.loads(path.read_text()) if path.exists() else run
     for step in range(trainer.start, marks[-1] + 1):
         if step in marks:
+            trainer.model.eval()
             run["loss"][str(step)] = losses(trainer, ARMS[job.arm], step)
+            if hasattr(trainer.data, "grade"):
+                grade = trainer.data.grade(trainer.model, float(ARMS[job.arm].budgets[0]), trainer.device)
+                run.setdefault("grade", {})[str(step)] = grade.tolist()
+            trainer.model.train()
             write_atomically(path, lambda file: file.write(json.dumps(run).encode()))
         if step % 1000 == 0 or step == marks[-1]:
             trainer.save("ckpt.pt", step)
@@ -175,13 +182,11 @@ def train(job):
 def losses(trainer, arm, step):
     """Validation loss at each of the arm's budgets, in nats per target, each prediction made from the tokens before it
     alone; if later tokens change earlier ones, also the loss that all tokens in one forward pass would have."""
-    trainer.model.eval()
     trainer.measure_bars(step)
     found = {f"{budget:g}": trainer.evaluate(float(budget)) for budget in arm.budgets}
     if not trainer.model.causal:
         found = {"in one pass": found[f"{arm.budgets[0]:g}"],
                  **{f"{budget:g}": true_path_loss(trainer, float(budget)) for budget in arm.budgets}}
-    trainer.model.train()
     return found
 
 
@@ -293,6 +298,11 @@ def write_table(path, runs, found, marks, about):
         lines += ["", f"After {mark} steps, loss less the plain GPT's: " + "; ".join(
             f"{arm} {show(less(runs, arm, GPT, mark, f'{ARMS[arm].budgets[0]:g}'), '+')}"
             for arm in dict.fromkeys(run["arm"] for run in runs) if arm != GPT) + "."]
+    for arm in dict.fromkeys(run["arm"] for run in runs if "grade" in run):
+        grades = np.array([run["grade"][str(marks[-1])] for run in runs if run["arm"] == arm])
+        lines += ["", f"{arm}, for each m: " + "; ".join(
+            f"{name} " + ", ".join(show(seeds) for seeds in by_m.T)
+            for name, by_m in zip(("right answers", "streams of a query", "sum of their P"), grades.swapaxes(0, 1)))]
     path.write_text("\n".join([*lines, "", about]) + "\n", encoding="utf-8")
 
 
@@ -312,10 +322,10 @@ def draw(path, runs, found, marks):
                     for budget, flops in found[arm]["flops"].items()]
     for name, points in curves.items():
         x, y, half = np.array(sorted(points)).T.reshape(3, -1)
-        style = dict(color=COLORS.get(name, "#888888"), marker=next(shapes), markersize=6, label=name)
+        style = dict(color=COLORS.get(name), marker=next(shapes), markersize=6, label=name)
         if len(marks) > 1:
-            axes.plot(x, y, **style)
-            axes.fill_between(x, y - half, y + half, color=style["color"], alpha=0.15)
+            color = axes.plot(x, y, **style)[0].get_color()
+            axes.fill_between(x, y - half, y + half, color=color, alpha=0.15)
         else:
             axes.errorbar(x, y, yerr=np.nan_to_num(half), capsize=3, linewidth=1, **style)
     axes.set_xscale("log")
@@ -327,7 +337,7 @@ def draw(path, runs, found, marks):
     axes.set_yticks([-0.1, -0.03, -0.02, -0.01, 0, 0.01, 0.02, 0.03, 0.1, 0.3, 1], minor=False)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:+g}" if y else "0")
     axes.set(ylim=view, xlabel="step" if len(marks) > 1 else "MFLOPs of a generated token",
-             ylabel="validation loss less the plain GPT's (nats per byte)")
+             ylabel="validation loss less the plain GPT's (nats)")
     figure.supxlabel("95 % intervals; beyond ±0.03 the scale is logarithmic", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -365,18 +375,17 @@ def best_rate(jobs):
 
 
 def recall(s):
-    """What PRESET.json says of today's arms: their runs return to --runs. Returns each arm's rate, and what was measured
-    of it."""
-    path = Path(s.results) / f"{s.preset}.json"
+    """What PRESET.json says of today's arms: their runs return to --runs. Returns each arm's rate, and what was
+    measured of it."""
+    path, arms, rates = Path(s.results) / f"{s.preset}.json", PRESETS[s.preset].arms, {}
     told = json.loads(path.read_text()) if path.exists() else dict(runs=[], measured={})
-    jobs = {Job(s.preset, run["arm"], run["rate"], run["seed"], s.runs): run for run in told["runs"]
-            if run["arm"] in PRESETS[s.preset].arms}
-    jobs = {job: run for job, run in jobs.items() if job.flags() == run["flags"]}
-    for job, run in jobs.items():
-        if not job.path().exists():
-            job.path().write_text(json.dumps(run))
-    rates = {job.arm: job.rate for job in jobs}
-    return rates, {arm: m for arm, m in told["measured"].items() if arm in rates}
+    for run in told["runs"]:
+        job = Job(s.preset, run["arm"], run["rate"], run["seed"], s.runs)
+        if job.arm in arms and job.flags() == run["flags"]:
+            rates[job.arm] = job.rate
+            if not job.path().exists():
+                job.path().write_text(json.dumps(run))
+    return rates, {arm: told["measured"][arm] for arm in rates if arm in told["measured"]}
 
 
 def main(argv):
@@ -397,7 +406,7 @@ def main(argv):
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
     found |= measure([job for job in done if job.seed == 0 and (job.arm == GPT or job.trained())])
     machine = torch.cuda.get_device_name() if "cuda" in p.flags else f"{platform.machine()}, {os.cpu_count()} cores"
-    about = (f"Nats per byte of the plays, ± half a 95 % interval over seeds 0 to {p.seeds - 1} (Student's t); "
+    about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {p.seeds - 1} (Student's t); "
              f"differences are paired: same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; rates "
              f"{', '.join(f'{rate:g}' for rate in p.rates)}, the best with seed 0. FLOPs as PyTorch counts them, empty "
              "room in caches included; times as multiples of the plain GPT's, the shortest of five turns on one "

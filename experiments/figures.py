@@ -1,9 +1,9 @@
 """
-The pictures of the README: python experiments/figures.py --figure method        (or entropy, attention, budgets)
+The pictures of the README: python experiments/figures.py --figure method        (entropy, attention, budgets, selection)
 
 method: what the fork layers of tinybubbles.py do with the scores of the README's worked example. entropy and attention
-look at a trained checkpoint, entropy at that of a plain GPT too; budgets draws what compare.py found. The numbers of
-a picture stand beside it, as JSON.
+look at a trained checkpoint, entropy at that of a plain GPT too; budgets and selection draw what compare.py found. The
+numbers of a picture stand beside it, as JSON.
 """
 import json
 import math
@@ -218,27 +218,53 @@ def draw_budgets(found, axes):
     axes.set(xlabel="budget at inference, streams per token", ylabel="loss less a plain GPT's, nats (lower is better)")
 
 
+def selection(runs):
+    """Of each arm that forks, after each mark, from compare.py's runs: how many streams a hard query (m of the upper
+    half) has more than an easy one (m = 1), and the mean P of its forks; means and half their intervals."""
+    found = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs if list(run["grade"].values())[-1][1][-1] > 1):
+        for step in runs[0]["grade"]:
+            grades = np.array([run["grade"][step] for run in runs if run["arm"] == arm])          # (seeds, 3, m)
+            hard, P = grades[:, 1:, 2:].mean(2).T
+            found.setdefault(arm, {})[step] = (interval(hard - grades[:, 1, 0]),
+                                               interval((P - 1) / np.where(hard > 1, hard - 1, math.nan)))
+    return found
+
+
+def draw_selection(found, axes):
+    names = "streams of a hard query less an easy one's", "mean P of a hard query's forks"
+    for i, (panel, name) in enumerate(zip(axes, names)):
+        for arm, line in found.items():
+            mean, half = np.array([point[i] for point in line.values()]).T
+            steps, (mark,) = list(map(int, line)), panel.plot(list(map(int, line)), mean, marker="o", label=arm)
+            panel.fill_between(steps, mean - half, mean + half, color=mark.get_color(), alpha=0.15)
+        panel.set(xscale="log", xlabel="step", ylabel=name)
+
+
+DRAW = dict(entropy=draw_entropy, attention=draw_attention, budgets=draw_budgets, selection=draw_selection)
+OF_RUNS = dict(budgets=("text", budgets), selection=("selection", selection))
+
+
 @dataclass
 class Settings:
-    figure: str = knob("method", "method, entropy, attention or budgets",
-                       choices=("method", "entropy", "attention", "budgets"))
+    figure: str = knob("method", "method, " + ", ".join(DRAW), choices=("method", *DRAW))
     out_dir: str = knob("out", "a run of train.py with forks, for entropy and attention")
     gpt_dir: str = knob("out-gpt", "a run of train.py --fork_layers none, for entropy")
     budget: float = knob(1.5, "streams per token, for entropy and attention", low=1)
     windows: int = knob(64, "validation windows, for entropy and attention", low=2)
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
-    results: str = knob(str(ROOT / "experiments" / "results"), "where pictures and numbers go; text.json is there")
+    results: str = knob(str(ROOT / "experiments" / "results"), "where pictures and numbers go; compare.py's are there")
 
 
 def measure(s):
     """The numbers of a figure, and a sentence about them."""
-    text = Path(s.results) / "text.json"
-    if s.figure == "budgets":
-        if not text.exists():
-            refuse(f"there is no {text}; run compare.py --preset text first, or name its folder with --results")
-        whole = json.loads(text.read_text())
-        seeds = len({run["seed"] for run in whole["runs"]})
-        return budgets(whole["runs"]), f"{seeds} paired seeds, 95 % intervals"
+    if s.figure in OF_RUNS:
+        preset, read = OF_RUNS[s.figure]
+        path = Path(s.results) / f"{preset}.json"
+        if not path.exists():
+            refuse(f"there is no {path}; run compare.py --preset {preset} first, or name its folder with --results")
+        runs = json.loads(path.read_text())["runs"]
+        return read(runs), f"{len({run['seed'] for run in runs})} paired seeds, 95 % intervals"
     device = choose_device(s.device)
     load = lambda folder: load_checkpoint(Path(folder) / "best.pt", device)
     checkpoint, model = load(s.out_dir)
@@ -261,10 +287,11 @@ def main(argv):
         machine = f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
         whole = dict(about=note, machine=machine, found=found)
         path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
-        figure = plt.figure(figsize=(7.5, 4.5), layout="constrained", facecolor="white")
-        axes = figure.subplots()
-        dict(entropy=draw_entropy, attention=draw_attention, budgets=draw_budgets)[s.figure](found, axes)
-        axes.legend(frameon=False, fontsize=9)
+        panels = 2 if s.figure == "selection" else 1
+        figure = plt.figure(figsize=(6 + 2.5 * panels, 4.5), layout="constrained", facecolor="white")
+        axes = figure.subplots(1, panels)
+        DRAW[s.figure](found, axes)
+        figure.axes[-1].legend(frameon=False, fontsize=9)
         figure.supxlabel(note, fontsize=9)
         figure.savefig(path, dpi=130)
         plt.close(figure)

@@ -1,7 +1,7 @@
 """
 What bubbles are compared with, each built on tinybubbles' own blocks, so that only the idea differs: copies, pauses
-(two forms), recurrent depth, PonderLM-2 and PonderLM-3; bubbles that fork at random, or are not attenuated; and bubbles
-with what this project once did otherwise than the paper.
+(two forms), recurrent depth, PonderLM-2 and PonderLM-3; bubbles that fork at random, or are not attenuated; and, on
+the task lookup, forks placed by hand, and four ways to teach bubbles where to put them (the fourth is several budgets).
 
 All are called, trained and sampled as a Tinybubbles. The budget of a rival, always a whole number, is n, the positions
 of a token: copies, a token and its pauses, a token and its latent slots; of recurrent depth, its iterations.
@@ -19,6 +19,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tasks.lookup import Lookup  # noqa: E402
 from tinybubbles import PADDING, Cache, Fork, Streams, Tinybubbles, check_budget, start  # noqa: E402
 
 
@@ -371,50 +372,63 @@ class NoAttenuation(Tinybubbles):
         return x, flat, cache
 
 
-# What this project once did otherwise than the paper.
-
-class MarginFork(Fork):
-    """Old forks that want to stay are 2 ahead of new ones."""
+class OracleFork(Fork):
+    """Placed by hand: of lookup's queries, those with m of the upper half fork all their streams, nothing else does."""
 
     def select(self, logp, stays, s, budget, used):
-        old = torch.arange(logp.size(1), device=logp.device) % 2 == 1
-        return super().select(logp + 2 * old * (logp > PADDING), stays, s, budget, used)
+        wanted = self.hard.gather(1, s.tok.clamp(max=s.T - 1)) & (s.tok < s.T)       # (B, N)
+        return stays | wanted.repeat_interleave(2, 1)
 
 
-class Margin(Tinybubbles):
-    fork_layer = MarginFork
+class Oracle(Tinybubbles):
+    fork_layer = OracleFork
+
+    def read(self, idx, *rest):
+        for fork in self.forks.values():
+            fork.hard = idx >= self.config.vocab_size - Lookup.GROUPS // 2 * Lookup.LISTS
+        return super().read(idx, *rest)
 
 
-class Undivided(Tinybubbles):
-    """log P is added to attention's logits after they are divided by sqrt(d)."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        for block in self.blocks:
-            block.register_forward_pre_hook(self.undivide)
-
-    @staticmethod
-    def undivide(block, args):
-        s, root = args[1], math.sqrt(block.attn.config.n_embd // block.attn.config.n_head)
-        s.channel = torch.stack((torch.ones_like(s.logp), root * s.logp), -1).unsqueeze(-1)
-
-
-class SmallFork(Fork):
-    """The fork embedding begins as N(0, 0.02^2): a fork looks like its parent."""
+class NoisyFork(Fork):
+    """In training, extras compete by log P plus Gumbel noise, which fades linearly within the first `steps` of them."""
+    steps = 2000
 
     def __init__(self, config):
         super().__init__(config)
-        with torch.no_grad():
-            self.embedding.mul_(0.02 * math.sqrt(config.n_embd))
+        self.register_buffer("step", torch.zeros(()))
+
+    def noise(self, left):
+        return left.clamp(min=0)
+
+    def select(self, logp, stays, s, budget, used):
+        if torch.is_grad_enabled() and self.training:
+            logp = logp - self.noise(1 - self.step / self.steps) * (-torch.rand_like(logp).log()).log()
+            self.step += 1
+        return super().select(logp, stays, s, budget, used)
 
 
-class SmallEmbedding(Tinybubbles):
-    fork_layer = SmallFork
+class FadingNoise(Tinybubbles):
+    fork_layer = NoisyFork
 
 
-class MarginSmallFork(MarginFork, SmallFork):
-    pass
+class RandomFirstFork(NoisyFork):
+    """The noise drowns log P, then is gone: forks are placed at random until their P have been taught."""
+
+    def noise(self, left):
+        return 20.0 * (left > 0)
 
 
-class AllThree(Undivided):
-    fork_layer = MarginSmallFork
+class RandomFirst(Tinybubbles):
+    fork_layer = RandomFirstFork
+
+
+class Charged(Tinybubbles):
+    """Training adds `charge` times the sum of the extras' P per token in the last block: what is of no use shall go."""
+    charge = 0.01
+
+    def read(self, idx, targets, budget, cache, streams):
+        streams = [] if streams is None else streams
+        log_probs, loss = super().read(idx, targets, budget, cache, streams)
+        if self.training and targets is not None:
+            loss = loss + self.charge * (streams[-1][1].exp().sum() / idx.numel() - 1)
+        return log_probs, loss

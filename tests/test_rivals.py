@@ -8,8 +8,11 @@ from torch.nn import functional as F
 
 from experiments import rivals
 from experiments.compare import ARMS, count_flops, decode
+from tasks.lookup import Lookup
 from test_tinybubbles import SMALL, layer_norm, log_softmax, oracle_turn, random_model, tokens
-from tinybubbles import Cache, Config, Tinybubbles
+from tinybubbles import Cache, Config
+from tools.program import read_flags
+from train import Settings as TrainSettings
 
 PLAIN = dict(fork_layers=())
 KINDS = {   # class: configuration, budgets to read at, positions that pass through all blocks for one generated token
@@ -22,10 +25,10 @@ KINDS = {   # class: configuration, budgets to read at, positions that pass thro
     rivals.PonderLM3: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
     rivals.RandomSelection: ({}, (1, 1.5, 3), None),
     rivals.NoAttenuation: ({}, (1, 1.5, 3), None),
-    rivals.Margin: ({}, (1, 1.5, 3), None),
-    rivals.Undivided: ({}, (1, 1.5, 3), None),
-    rivals.SmallEmbedding: ({}, (1, 1.5, 3), None),
-    rivals.AllThree: ({}, (1, 1.5, 3), None),
+    rivals.Oracle: (dict(budget=8.0), (8,), None),                     # of so few words all are hard
+    rivals.FadingNoise: ({}, (1, 1.5, 3), None),
+    rivals.RandomFirst: ({}, (1, 1.5, 3), None),
+    rivals.Charged: ({}, (1, 1.5, 3), None),
 }
 EACH = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
@@ -311,25 +314,43 @@ def test_without_attenuation_scores_only_choose_and_merge():
     assert (plain(idx, budget=2)[0] - model(idx, budget=2)[0]).abs().max() < 1e-5
 
 
-def test_departures_differ_from_ours_in_what_they_name():
-    config, idx = Config(**SMALL | dict(n_embd=256)), tokens(0)
-    torch.manual_seed(0)
-    small, ours = rivals.SmallEmbedding(config), Tinybubbles(config)
-    assert small.forks["1"].embedding.std().item() == pytest.approx(0.02, rel=0.2)
-    assert ours.forks["1"].embedding.std().item() == pytest.approx(1 / 16, rel=0.2)
-    seen, ours, undivided = [], random_model(0).double(), make(rivals.Undivided)
-    for model in (ours, undivided):
-        model.blocks[1].attn.register_forward_pre_hook(lambda attn, args: seen.append(args[1].channel))
-        model(idx)
-    assert torch.allclose(seen[1][..., 1, :], seen[0][..., 1, :] * math.sqrt(8))
-    margin, s = make(rivals.Margin).forks["1"], torch.tensor([[-1.0, -2.5, -1.0, -1.0]])
-    margin.bar.fill_(-0.9)
-    stays = torch.tensor([[False, False, False, True]])
+def lookup(B):
+    """A lookup, its Config's part, and a batch: idx, targets, m (B, T)."""
+    data = Lookup(read_flags(TrainSettings, ["--dataset", "lookup", "--batch_size", str(B)], ""))
+    batch = map(torch.from_numpy, data.make(np.random.default_rng(0)))
+    return dict(vocab_size=data.vocab_size, block_size=data.T), *batch
 
-    class One:
-        t, tok, T = torch.tensor([[1, 1]]), torch.tensor([[0, 0]]), 1
-    kept = margin.select(s, stays, One, 4.0, torch.zeros(1, 1, dtype=torch.int64))
-    assert kept.tolist() == [[False, True, False, True]]              # the old fork has -2.5 + 2
+
+def test_the_hand_places_three_forks_at_every_hard_query_and_spends_two_streams_a_token():
+    config, idx, targets, m = lookup(3)
+    streams = []
+    random_model(0, rivals.Oracle, **config)(idx, budget=2, streams=streams)
+    for tok, of in zip(streams[-1][0], m):
+        assert torch.bincount(tok, minlength=len(of)).tolist() == [4 if k > 2 else 1 for k in of.tolist()]
+
+
+def test_noise_moves_the_choice_in_training_and_fades():
+    for kind in (rivals.FadingNoise, rivals.RandomFirst):
+        model, plain, idx = make(kind), random_model(0).double(), tokens(0, B=8, T=24)
+        plain.load_state_dict(model.state_dict(), strict=False)
+        chosen = lambda: (streams_of(model.train(), idx, 1.5), streams_of(plain.train(), idx, 1.5))
+        for fork in [*model.forks.values(), *plain.forks.values()]:
+            fork.bar.fill_(math.log(0.5))
+        assert not torch.equal(*chosen())
+        assert torch.equal(streams_of(model.eval(), idx, 1.5), streams_of(plain.eval(), idx, 1.5))
+        for left, same in ((1, kind is rivals.FadingNoise), (0, True)):
+            for fork in model.forks.values():
+                assert fork.step > 0
+                fork.step.fill_(fork.steps - left)
+            assert torch.equal(*chosen()) == same
+
+
+def test_the_charge_is_the_extras_p_per_token_and_only_trained():
+    model, idx, targets, streams = make(rivals.Charged), tokens(0), tokens(1), []
+    charged = model.train()(idx, targets, streams=streams)[1]
+    extras = streams[-1][1].exp().sum() / idx.numel() - 1
+    assert extras > 0.1
+    assert (charged - model.eval()(idx, targets)[1]).item() == pytest.approx(0.01 * extras.item(), rel=1e-5)
 
 
 def test_every_arm_of_the_comparison_is_tested_here_or_with_the_core():
