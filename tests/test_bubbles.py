@@ -15,26 +15,24 @@ import sample
 import train
 from experiments import figures
 from experiments.compare import GPT
+from programs import ROOT, VERSE, exits, printed
 from tinybubbles import Config, Tinybubbles
 from tools import files, pictures
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dataset text.txt --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --batch_size 4 --max_iters 30 --device "
         "cpu --eval_iters 1 --learning_rate 1e-2").split()
-VERSE = "O for a Muse of fire, that would ascend\nThe brightest heaven of invention \u2014\n"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with two small runs, out and out-gpt."""
     torch.set_num_threads(1)
-    folder, here = tmp_path_factory.mktemp("bubbles"), os.getcwd()
-    os.chdir(folder)
-    Path("text.txt").write_text(VERSE * 20, "utf-8")
-    for out, flags in {"out": ["--fork_layers=1,2", "--budget=1.5"], "out-gpt": ["--fork_layers=none"]}.items():
-        train.main([*TINY, *flags, "--out_dir", out])
-    yield folder
-    os.chdir(here)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("bubbles"))
+        Path("text.txt").write_text(VERSE * 20, "utf-8")
+        train.main([*TINY, "--fork_layers", "1,2", "--budget", "1.5"])
+        train.main([*TINY, "--fork_layers", "none", "--out_dir", "out-gpt"])
+        yield
 
 
 @pytest.fixture
@@ -62,8 +60,7 @@ def test_the_map_counts_every_stream_and_every_deletion(model, budget):
     for l in range(5):
         if l in chosen:
             tok, forks, keeps = chosen[l]
-            want = torch.tensor([int((forks | keeps)[tok == t].sum() + (forks & keeps)[tok == t].sum())
-                                 for t in range(12)])
+            want = torch.tensor([int(forks[tok == t].sum() + keeps[tok == t].sum()) for t in range(12)])
             gone[l] = torch.tensor([int((~keeps)[tok == t].sum()) for t in range(12)])
         assert counts[l].tolist() == want.tolist() and deleted[l].tolist() == gone[l].tolist()
     assert (deleted.sum() > 0) == (budget > 1)                        # with room for extras some give way
@@ -95,14 +92,9 @@ def on_a_terminal(command):
 
 def unshade(text):
     """A text without colours, and for each character the code of its colour, "" without one."""
-    chars, codes, code = [], [], ""
-    for new, char in re.findall(r"\x1b\[([\d;]*)m|(.)", text, flags=re.S):
-        if char:
-            chars.append(char)
-            codes.append(code)
-        else:
-            code = "" if new == "0" else new
-    return "".join(chars), codes
+    _, *parts = re.split(r"\x1b\[([\d;]*)m", "\33[0m" + text)         # a code and what it colours, in turns
+    pairs = [(char, "" if code == "0" else code) for code, part in zip(parts[::2], parts[1::2]) for char in part]
+    return "".join(char for char, _ in pairs), [code for _, code in pairs]
 
 
 def test_colours_are_for_terminals_that_want_them(monkeypatch):
@@ -120,8 +112,7 @@ def test_characters_are_shaded_by_their_streams_on_a_terminal_only(folder, capsy
     """The shade of every character, given or generated, is that of its streams when the whole text is read."""
     flags = ["--prompt", "The br", "--max_new_tokens", "9", "--temperature", "0", "--show_bubbles"]
     shaded, codes = unshade(on_a_terminal([sys.executable, str(ROOT / "sample.py"), *flags]))
-    capsys.readouterr()
-    plain, without = ((sample.main(some), capsys.readouterr().out)[1] for some in (flags, flags[:-1]))
+    plain, without = printed(capsys, sample, *flags), printed(capsys, sample, *flags[:-1])
     assert "\33" not in plain
     assert [text.split("\nstreams:")[0] for text in (shaded, plain)] == [without.split("\n" + "-" * 80)[0]] * 2
     _, model = files.load_checkpoint(Path("out/best.pt"), "cpu")
@@ -135,11 +126,10 @@ def test_characters_are_shaded_by_their_streams_on_a_terminal_only(folder, capsy
     assert share == {n: round(100 * (counts == n).float().mean().item()) for n in set(counts.tolist())}
 
 
-
 def test_a_given_text_comes_back_as_it_was(folder, capsys):
     Path("given.txt").write_text(VERSE, "utf-8")
-    sample.main(["--show_bubbles", "--prompt", "FILE:given.txt", "--max_new_tokens", "0"])
-    assert capsys.readouterr().out.startswith(VERSE + "\nstreams: ")
+    said = printed(capsys, sample, "--show_bubbles", "--prompt", "FILE:given.txt", "--max_new_tokens", "0")
+    assert said.startswith(VERSE + "\nstreams: ")
 
 
 def test_the_map_is_drawn_and_a_bad_path_is_refused_before_anything_is_done(folder, capsys):
@@ -147,11 +137,8 @@ def test_the_map_is_drawn_and_a_bad_path_is_refused_before_anything_is_done(fold
         sample.main(["--plot", name, "--max_new_tokens", "100", "--prompt", "$x$ \u2014 O\n"])
         assert Path(name).stat().st_size > 5000
     for bad in ("bubbles.doc", "no/such/folder.png"):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            sample.main(["--plot", bad])
-        out, err = capsys.readouterr()
-        assert end.value.code == 2 and out == "" and repr(bad) in err and len(err.splitlines()) == 1
+        out, err = exits(capsys, sample.main, ["--plot", bad])
+        assert out == "" and repr(bad) in err and len(err.splitlines()) == 1
 
 
 def test_the_picture_of_the_method_is_drawn_from_what_fork_layers_do(folder):
@@ -207,9 +194,8 @@ def test_entropy_is_set_against_streams(model):
 
 
 def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
-    with pytest.raises(SystemExit) as end:
-        figures.main(["--figure", "budgets", "--results", "results"])
-    assert end.value.code == 2 and "compare.py --preset text" in capsys.readouterr().err
+    said = exits(capsys, figures.main, ["--figure", "budgets", "--results", "results"]).err
+    assert "compare.py --preset text" in said
     run = lambda arm, seed, loss: dict(arm=arm, seed=seed, loss={"9": loss})
     runs = [run(GPT, 0, {"1": 1.0}), run(GPT, 1, {"1": 2.0}), run("bubbles, r = 2", 0, {"2": 0.9, "1": 1.1}),
             run("bubbles, r = 2", 1, {"2": 1.7, "1": 2.1}), run("bubbles, elastic", 0, {"2": 0.5})]

@@ -9,11 +9,10 @@ import torch
 
 from experiments import compare
 from experiments.compare import GPT, Job, interval
+from programs import VERSE, exits
 from test_tinybubbles import random_model, tokens
 from tinybubbles import PaperTinybubbles
 from train import Trainer
-
-VERSE = "O for a Muse of fire, that would ascend\nThe brightest heaven of invention \u2014\n"
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +147,4 @@ def test_every_arm_of_every_preset_can_be_made(tmp_path, results):
 
 
 def test_bad_presets_are_refused(capsys):
-    with pytest.raises(SystemExit) as end:
-        compare.main(["--preset", "none"])
-    assert end.value.code == 2 and "argument --preset" in capsys.readouterr().err
+    assert "argument --preset" in exits(capsys, compare.main, ["--preset", "none"]).err

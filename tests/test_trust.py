@@ -7,9 +7,8 @@ import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +16,12 @@ import torch
 
 import sample
 import train
-from tasks.text import decoder, encode
+from programs import ROOT, TINY, Code, checkpoint, exits, python, sampled
+from tasks.text import Text, decoder, encode
 from tools.program import read_flags
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ("--block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 --max_iters 24 "
-        "--eval_interval 6 --eval_iters 2 --log_interval 4 --warmup_iters 1 --dropout 0.1 --budget 1,1.5,2 "
-        "--dataset text.txt --device cpu").split()
+FLAGS = [*TINY, *("--max_iters 24 --eval_interval 6 --eval_iters 2 --log_interval 4 --dropout 0.1 --budget 1,1.5,2 "
+                  "--dataset text.txt").split()]
 VERSE = "Tomorrow, and tomorrow, and tomorrow,\nCreeps in this petty pace from day to day \u2014\n"
 
 
@@ -40,11 +38,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def train_here(*flags):
-    train.main([*TINY, *flags])
-
-
-def checkpoint(name):
-    return torch.load(name, weights_only=True)
+    train.main([*FLAGS, *flags])
 
 
 def same(a, b):
@@ -68,13 +62,6 @@ def assert_same_run(one, other):
     assert logs[0] == logs[1]
 
 
-def refused(module, *flags):
-    """Run a main that must refuse, with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        module.main(list(flags))
-    assert end.value.code == 2
-
-
 # -- interrupted runs ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -84,7 +71,6 @@ def test_a_run_that_is_asked_to_stop_saves_says_how_to_resume_and_ends_as_if_it_
     monkeypatch.setattr(train.Trainer, "train_step",
                         lambda self, i: (i == 9 and os.kill(os.getpid(), number), step(self, i))[1])
     train_here("--out_dir", "cut")
-    monkeypatch.setattr(train.Trainer, "train_step", step)
     assert checkpoint("cut/ckpt.pt")["step"] == 10
     said = re.search(r"stopped after 10 steps; to go on: python train.py (.*)", capsys.readouterr().out).group(1)
     train.main(said.split())
@@ -95,17 +81,15 @@ def test_a_new_run_stopped_before_its_first_evaluation_leaves_no_older_best(monk
     train_here()
     monkeypatch.setattr(train.Trainer, "stopping", lambda self, step: step == 3)
     train_here("--seed", "1")
-    assert checkpoint("out/ckpt.pt")["step"] == 3 and not Path("out/best.pt").exists()
+    assert checkpoint()["step"] == 3 and not Path("out/best.pt").exists()
 
 
 def test_the_first_step_whose_loss_is_not_finite_is_named(monkeypatch, capsys):
     step = train.Trainer.train_step
     monkeypatch.setattr(train.Trainer, "train_step",
                         lambda self, i: (step(self, i)[0] * (math.nan if i >= 9 else 1), torch.zeros(2, 16)))
-    with pytest.raises(SystemExit) as end:
-        train_here()
-    assert end.value.code == 1 and "the loss at step 9 is nan" in capsys.readouterr().err
-    assert checkpoint("out/ckpt.pt")["step"] == 6
+    assert "the loss at step 9 is nan" in exits(capsys, train_here, code=1).err
+    assert checkpoint()["step"] == 6
 
 
 DRIVER = """
@@ -115,7 +99,7 @@ import torch._dynamo, matplotlib.pyplot, train           # all that a run would 
 torch.set_num_threads(1)
 flags, chance, kills, steps, train_step = sys.argv[2:], random.Random(0), 0, set(), train.Trainer.train_step
 
-def start(more):
+while True:
     seen, tell = os.pipe()
     child = os.fork()
     if child == 0:
@@ -123,15 +107,11 @@ def start(more):
         train.Trainer.train_step = lambda self, step: (os.write(tell, b"."), train_step(self, step))[1]
         code = 1
         try:
-            train.main(flags + more)
+            train.main(flags + ["--resume"] * os.path.exists("cut/ckpt.pt"))
             code = 0
         finally:
             os._exit(code)
     os.close(tell)
-    return child, seen
-
-while True:
-    child, seen = start(["--resume"] if os.path.exists("cut/ckpt.pt") else [])
     if kills < 50 and len([os.read(seen, 1) for _ in range(chance.randint(1, 10))][-1]):
         time.sleep(chance.uniform(0, 0.03))               # in a step, an evaluation, or while a file is written
         os.kill(child, signal.SIGKILL)
@@ -148,10 +128,9 @@ while True:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to start a run at once")
 def test_a_run_killed_at_50_random_moments_never_leaves_a_broken_file_and_ends_the_same():
-    flags = [*TINY, *"--max_iters 300 --eval_interval 4 --eval_iters 1 --block_size 8 --fork_layers 1".split()]
+    flags = [*FLAGS, *"--max_iters 300 --eval_interval 4 --eval_iters 1 --block_size 8 --fork_layers 1".split()]
     train.main([*flags, "--out_dir", "whole"])
-    done = subprocess.run([sys.executable, "-c", DRIVER, ROOT, *flags, "--out_dir", "cut"], capture_output=True,
-                          text=True)
+    done = python("-c", DRIVER, ROOT, *flags, "--out_dir", "cut")
     kills, status, steps = map(int, done.stdout.split())
     assert (kills, status) == (50, 0) and steps >= 10, done.stdout + done.stderr       # it was killed all along the way
     assert_same_run("whole", "cut")
@@ -162,12 +141,11 @@ def test_a_run_killed_at_50_random_moments_never_leaves_a_broken_file_and_ends_t
 def test_a_finished_run_goes_on_when_max_iters_is_raised_and_contradictions_are_refused_by_name(capsys):
     train_here("--lr_decay_iters", "24")
     train.main("--resume --max_iters 30 --device cpu".split())
-    assert checkpoint("out/ckpt.pt")["step"] == 30
+    assert checkpoint()["step"] == 30
     for flags, word in (("--n_layer 4", "--n_layer 4"), ("--seed 1", "--seed 1"), ("--budget 2", "--budget"),
                         ("--max_iters 29", "--max_iters 29"), ("--gradient_accumulation_steps 2", "batches per step"),
                         ("--out_dir nowhere", "nowhere")):
-        refused(train, "--resume", *flags.split())
-        assert word in capsys.readouterr().err
+        assert word in exits(capsys, train.main, ["--resume", *flags.split()]).err
     train.main(["--resume"])                                          # nothing left to do: the summary again
     assert "steps:      30" in capsys.readouterr().out
 
@@ -192,8 +170,8 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_sentence_and_the_old_checkpo
     train_here("--max_iters", "6")
     before = {name: Path("out", name).read_bytes() for name in ("ckpt.pt", "best.pt")}
     limit = len(before["ckpt.pt"]) // 2
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--resume", "--max_iters", "12"], capture_output=True,
-                          text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    done = python(ROOT / "train.py", "--resume", "--max_iters", "12",
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be written (File too large)" in done.stderr
     assert {name: Path("out", name).read_bytes() for name in before} == before
     assert not list(Path("out").glob("*.new"))
@@ -202,7 +180,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_sentence_and_the_old_checkpo
 def test_a_damaged_checkpoint_is_refused_or_as_good_as_whole(capsys):
     """Cut at 100 places, one byte changed at 100: a sentence, or the very same weights."""
     train_here("--max_iters", "2")
-    good, model, chance = Path("out/ckpt.pt").read_bytes(), checkpoint("out/ckpt.pt")["model"], random.Random(0)
+    good, model, chance = Path("out/ckpt.pt").read_bytes(), checkpoint()["model"], random.Random(0)
     refusals = 0
     for i in range(200):
         place = chance.randrange(len(good))
@@ -220,9 +198,8 @@ def test_a_damaged_checkpoint_is_refused_or_as_good_as_whole(capsys):
 
 def test_two_processes_train_as_one_with_twice_the_batches():
     train_here("--gradient_accumulation_steps", "2", "--out_dir", "one")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    ROOT / "train.py", *TINY, "--out_dir", "two"], check=True, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    python(*"-m torch.distributed.run --standalone --nproc_per_node 2".split(), ROOT / "train.py", *FLAGS,
+           "--out_dir", "two", check=True)
     one, two = (np.genfromtxt(f"{out}/log.csv", delimiter=",", names=True) for out in ("one", "two"))
     for column in ("train_loss", "val_loss", "streams_per_token"):
         np.testing.assert_allclose(one[column], two[column], atol=2e-4 if "loss" in column else 0.2)
@@ -239,7 +216,7 @@ def test_the_batches_of_a_step_differ_from_each_other_and_the_dropout_repeats():
 
 
 def trainer(*flags):
-    return train.Trainer(read_flags(train.Settings, [*TINY, *flags], ""))
+    return train.Trainer(read_flags(train.Settings, [*FLAGS, *flags], ""))
 
 
 def test_a_step_takes_the_learning_rate_of_its_place_in_the_schedule():
@@ -259,92 +236,73 @@ def test_the_gradient_is_clipped_to_its_norm_and_not_at_all_at_0():
 
 
 def test_windows_are_drawn_from_the_first_token_to_the_last():
-    class Ends:
-        def integers(self, high, size):
-            return np.array([0, high - 1])
-
-    data = trainer().data
-    idx, targets = data.train_batch(Ends())
+    data, ends = trainer().data, SimpleNamespace(integers=lambda high, size: np.array([0, high - 1]))
+    idx, targets = data.train_batch(ends)
     assert (idx[0] == data.train[:16]).all() and (targets[1] == data.train[-16:]).all()
 
 
 def test_dropout_differs_from_step_to_step_and_from_batch_to_batch(monkeypatch):
     """The same batch always, weights that stand still: only dropout can change the loss."""
-    one = trainer("--dropout", "0.5", "--learning_rate", "0", "--min_lr", "0", "--budget", "1")
+    flags = "--dropout 0.5 --learning_rate 0 --min_lr 0 --budget 1".split()
+    one, two = trainer(*flags), trainer(*flags, "--gradient_accumulation_steps", "2")
     batch = one.data.train_batch(np.random.default_rng(0))
-    monkeypatch.setattr(one.data, "train_batch", lambda rng: batch)
+    monkeypatch.setattr(Text, "train_batch", lambda self, rng: batch)
     losses = [one.train_step(step)[0].item() for step in (0, 1, 0)]
     assert losses[0] == losses[2] != losses[1]
-    two = trainer(*"--dropout 0.5 --learning_rate 0 --min_lr 0 --budget 1 --gradient_accumulation_steps 2".split())
-    monkeypatch.setattr(two.data, "train_batch", lambda rng: batch)
     assert two.train_step(0)[0].item() != pytest.approx(losses[0], rel=1e-6)
 
 
 # -- a folder of tokens ----------------------------------------------------------------------------------------------
 
-def make_folder(meta=True):
-    """A folder as nanoGPT's prepare.py makes it, of characters."""
-    Path("mine").mkdir(exist_ok=True)
+def make_folder():
+    """A folder as nanoGPT's prepare.py makes it, of characters, which are returned."""
+    Path("mine").mkdir()
     chars = sorted(set(VERSE))
     stoi = {char: i for i, char in enumerate(chars)}
     for name, repeats in (("train", 20), ("val", 4)):
         np.array([stoi[char] for char in VERSE * repeats], dtype=np.uint16).tofile(f"mine/{name}.bin")
-    meta = dict(vocab_size=len(chars), itos=dict(enumerate(chars)), stoi=stoi) if meta is True else meta
-    Path("mine/meta.pkl").unlink(missing_ok=True)
-    if meta:
-        Path("mine/meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
+    meta = dict(vocab_size=len(chars), itos=dict(enumerate(chars)), stoi=stoi)
+    Path("mine/meta.pkl").write_bytes(pickle.dumps(meta))
     return chars
 
 
 def test_a_folder_of_nanogpts_trains_and_is_sampled_in_its_own_characters(capsys):
     chars = make_folder()
     train_here("--dataset", "mine", "--max_iters", "60")
-    assert checkpoint("out/ckpt.pt")["config"]["vocab_size"] == len(chars)
-    capsys.readouterr()
-    sample.main(["--prompt", "pace \u2014", "--max_new_tokens", "30", "--device", "cpu"])
-    text = capsys.readouterr().out.split("\n" + "-" * 80)[0]
+    assert checkpoint()["config"]["vocab_size"] == len(chars)
+    text = sampled(capsys, "--prompt", "pace \u2014", "--max_new_tokens", "30").split("\n" + "-" * 80)[0]
     assert text.startswith("pace \u2014") and set(text) <= set(chars) and len(text) == 36
+    Path("latin").write_bytes(b"\xe9")
     for prompt, word in (("Zz", "'Z'"), ("FILE:latin", "UTF-8")):
-        Path("latin").write_bytes(b"\xe9")
-        refused(sample, "--prompt", prompt, "--device", "cpu")
-        assert word in capsys.readouterr().err
+        assert word in exits(capsys, sample.main, ["--prompt", prompt, "--device", "cpu"]).err
 
 
 def test_tokens_without_names_are_shown_and_prompted_as_numbers(capsys):
-    chars = make_folder(meta=None)
-    refused(train, *TINY, "--dataset", "mine")
-    assert "--vocab_size 50304" in capsys.readouterr().err
+    chars = make_folder()
+    Path("mine/meta.pkl").unlink()
+    assert "--vocab_size 50304" in exits(capsys, train_here, "--dataset", "mine").err
     train_here("--dataset", "mine", "--vocab_size", str(len(chars)), "--max_iters", "2")
-    capsys.readouterr()
-    sample.main(["--prompt", "3 1", "--max_new_tokens", "4", "--device", "cpu"])
-    assert re.match(r"3 1 (\d+ ){4}\n", capsys.readouterr().out)
-    sample.main(["--max_new_tokens", "1", "--device", "cpu"])
-    assert re.match(r"0 \d+ \n", capsys.readouterr().out)
+    assert re.match(r"3 1 (\d+ ){4}\n", sampled(capsys, "--prompt", "3 1", "--max_new_tokens", "4"))
+    assert re.match(r"0 \d+ \n", sampled(capsys, "--max_new_tokens", "1"))
     for prompt in ("\n", "words", f"{len(chars)}", "-1"):
-        refused(sample, f"--prompt={prompt}", "--device", "cpu")
-        assert f"from 0 to {len(chars) - 1}" in capsys.readouterr().err
+        said = exits(capsys, sample.main, [f"--prompt={prompt}", "--device", "cpu"]).err
+        assert f"from 0 to {len(chars) - 1}" in said
 
 
 @pytest.mark.parametrize("prompt, vocabulary, part", [("anna", ["ann", "na"], "'a'"), ("ab", ["a", "bc"], "'b'")])
 def test_the_longest_string_of_a_vocabulary_is_taken_and_what_is_not_in_it_is_named(prompt, vocabulary, part, capsys):
     assert encode("annie\n ann?\u00e9".encode(), ["ann", "annie", "\n ", "?", "\u00e9"], 5) == [1, 2, 0, 3, 4]
-    with pytest.raises(SystemExit) as end:
-        encode(prompt.encode(), vocabulary, len(vocabulary))
-    assert end.value.code == 2 and f"holds {part}, which is not in" in capsys.readouterr().err
-
-
-class Code:
-    def __reduce__(self):
-        return Path.touch, (Path("code-was-run"),)
+    said = exits(capsys, encode, prompt.encode(), vocabulary, len(vocabulary)).err
+    assert f"holds {part}, which is not in" in said
 
 
 @pytest.mark.parametrize("meta, word", [
     (pickle.dumps(Code()), "meta.pkl"), (b"junk", "meta.pkl"), (dict(stoi={}), "'itos'"), (dict(itos={}), "strings"),
     (dict(itos={0: "a", 2: "b"}), "meta.pkl"), (dict(itos={0: 7}), "strings"), ([1], "meta.pkl")])
 def test_a_meta_that_is_not_nanogpts_is_refused_and_none_of_its_code_runs(meta, word, capsys):
-    make_folder(meta)
-    refused(train, *TINY, "--dataset", "mine")
-    said = capsys.readouterr().err
+    make_folder()
+    Path("mine/meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
+    said = exits(capsys, train_here, "--dataset", "mine").err
     assert word in said and said.count("\n") == 1 and not Path("code-was-run").exists()
 
 
@@ -356,8 +314,7 @@ def test_a_folder_that_cannot_be_trained_on_is_refused(files, flags, word, capsy
     Path("mine").mkdir()
     for name, contents in files.items():
         Path(f"mine/{name}.bin").write_bytes(contents)
-    refused(train, *TINY, "--dataset", "mine", *flags.split())
-    said = capsys.readouterr().err
+    said = exits(capsys, train_here, "--dataset", "mine", *flags.split()).err
     assert word in said and said.count("\n") == 1, said
 
 
@@ -370,26 +327,18 @@ def test_a_file_of_many_gigabytes_starts_at_once_in_little_memory():
     code = ("import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import train; "
             "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; train.main(sys.argv[1:]); "
             "print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
-    done = subprocess.run([sys.executable, "-c", code, ROOT, *TINY, "--dataset", "big", "--vocab_size", "300"],
-                          capture_output=True, text=True, check=True)
+    done = python("-c", code, ROOT, *FLAGS, "--dataset", "big", "--vocab_size", "300", check=True)
     assert int(done.stdout.split("grew")[1]) < 300_000                # KiB
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------
-
-def sampled(capsys, *flags):
-    capsys.readouterr()
-    sample.main(["--device", "cpu", "--max_new_tokens", "20", *flags])
-    return capsys.readouterr().out
-
 
 @pytest.mark.parametrize("flags", ["--temperature 0", "--temperature 1e-30", "--temperature 1e30", "--top_k 1",
                                    "--top_k 1000", "--top_k 0", "--prompt O", "--max_new_tokens 0",
                                    "--max_new_tokens 200", "--prompt FILE:text.txt", "--budget 4", "--budget 1"])
 def test_sampling_at_the_edges(flags, capsys):
     train_here("--max_iters", "2")
-    out = sampled(capsys, *flags.split())
-    assert re.search(r"\n-+\n\d+ tokens, .* streams per token at budget", out)
+    assert re.search(r"\n-+\n\d+ tokens, .* streams per token at budget", sampled(capsys, *flags.split()))
 
 
 def test_a_seed_gives_its_text_whatever_was_sampled_before(capsys):
