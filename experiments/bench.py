@@ -5,6 +5,7 @@ A training step against a GPT of as many positions per block, and a cached token
 cache, not compiled. Both take turns in one run; a row holds the ratio of the shortest times, and the operations that
 PyTorch dispatches for a token. Rows go to bench.json as they are measured, and one that is there is not measured again.
 """
+import itertools
 import json
 import platform
 import sys
@@ -125,13 +126,8 @@ def cached_token(row, config, rounds, device):
     kv = torch.empty(config.n_layer, 2, 1, H, config.block_size, config.n_embd // H, device=device)
     model(idx[:, :T], cache=cache)
     gpt(idx[:, :T], kv=kv)
-    seen = [T]
-
-    def eight_of_gpt():
-        for t in range(seen[0], seen[0] + 8):
-            gpt(idx[:, t:t + 1], kv=kv, seen=t)
-        seen[0] += 8
-
+    at = itertools.count(T)                                           # where the GPT's next token stands
+    eight_of_gpt = lambda: [gpt(idx[:, t:t + 1], kv=kv, seen=t) for t in itertools.islice(at, 8)]
     eight_of_ours = lambda: [model(idx[:, :1], cache=cache) for _ in range(8)]
     bubbles, plain = shortest([eight_of_ours, eight_of_gpt], rounds, device)
     anew, = shortest([lambda: model(idx[:, :T])], 2, device)

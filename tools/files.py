@@ -59,13 +59,12 @@ def load_checkpoint(path, device, settings_class=None):
 
 def open_log(path, columns, start):
     """A csv.DictWriter at the end of `path`, of whose rows the whole ones of steps up to `start` are kept."""
-    rows = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         refuse(f"--out_dir {str(path.parent)!r} cannot be written to ({error.strerror}); name another folder")
-    if start and path.exists():
-        rows = [row.split(",") for row in path.read_text("utf-8", errors="replace").splitlines()]
+    text = path.read_text("utf-8", errors="replace") if start and path.exists() else ""
+    rows = [line.split(",") for line in text.splitlines()]
     rows = [row for row in rows if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= start]
     kept = "".join(",".join(row) + "\n" for row in [columns, *rows])
     write_atomically(path, lambda file: file.write(kept.encode()))

@@ -37,9 +37,8 @@ KINDS = {  # how each kind of flag is read, and what to say if it cannot be
 
 def knob(default, help, kind=None, low=None, alias=None, choices=None):
     """A field of a settings dataclass, which is also a flag: its kind, lowest value, another name, all its values."""
-    kind = kind or type(default).__name__
-    return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, low=low, alias=alias,
-                                                            choices=choices))
+    metadata = dict(help=help, kind=kind or type(default).__name__, low=low, alias=alias, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def read_value(f, text):
