@@ -108,7 +108,7 @@ PRESETS = {
                         "--fork_layers 1,2 --batch_size 16",
                         (GPT, "deeper GPT", "wider GPT", "placed by hand", "random selection", "bubbles, r = 2",
                          "bubbles, elastic", "fading noise", "random first", "a charge per stream"), 10,
-                        (8e-3, 4e-3, 16e-3), (100, 500, 1000, 2000, 4000), deeper=5, wider=20),
+                        (8e-3, 4e-3), (100, 500, 1000, 2000, 4000), deeper=5, wider=20),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 32 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
                   (1000, 3000), deeper=14, wider=528),

@@ -1,5 +1,5 @@
 """
-The pictures of the README: python experiments/figures.py --figure method        (entropy, attention, budgets, selection)
+The pictures of the README: python experiments/figures.py --figure method    (entropy, attention, budgets, selection)
 
 method: what the fork layers of tinybubbles.py do with the scores of the README's worked example. entropy and attention
 look at a trained checkpoint, entropy at that of a plain GPT too; budgets and selection draw what compare.py found. The
