@@ -373,7 +373,8 @@ class NoAttenuation(Tinybubbles):
 
 
 class OracleFork(Fork):
-    """Placed by hand: of lookup's queries, those with m of the upper half fork all their streams, nothing else does."""
+    """Placed by hand: of lookup's queries, those with m of the upper half fork all their streams, and nothing else does.
+    The budget has to hold them."""
 
     def select(self, logp, stays, s, budget, used):
         wanted = self.hard.gather(1, s.tok.clamp(max=s.T - 1)) & (s.tok < s.T)       # (B, N)
