@@ -310,7 +310,7 @@ def draw(path, runs, found, marks):
     """The paired difference to the plain GPT with its 95 % interval: with one mark, against the FLOPs of a generated
     token; with several, after each."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import FixedLocator, LogLocator
     figure = Figure(figsize=(8, 5.5), layout="constrained", facecolor="white")
     axes, curves, shapes = figure.subplots(), {}, iter("osD^v<>Ph*Xp" * 3)
     for arm in dict.fromkeys(run["arm"] for run in runs):
@@ -325,20 +325,22 @@ def draw(path, runs, found, marks):
         style = dict(color=COLORS.get(name), marker=next(shapes), markersize=6, label=name)
         if len(marks) > 1:
             color = axes.plot(x, y, **style)[0].get_color()
-            axes.fill_between(x, y - half, y + half, color=color, alpha=0.15)
+            axes.fill_between(x, y - half, y + half, color=color, alpha=0.08)
         else:
             axes.errorbar(x, y, yerr=np.nan_to_num(half), capsize=3, linewidth=1, **style)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.set(xscale="log", xlabel="step" if len(marks) > 1 else "MFLOPs of a generated token",
+             ylabel="validation loss less the plain GPT's (nats)")
+    axes.xaxis.set_major_locator(FixedLocator(marks) if len(marks) > 1 else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
-    axes.set_yscale("symlog", linthresh=0.03, linscale=2)             # a bad arm must not flatten the others
-    view = axes.get_ylim()
-    axes.set_yticks([-0.1, -0.03, -0.02, -0.01, 0, 0.01, 0.02, 0.03, 0.1, 0.3, 1], minor=False)
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:+g}" if y else "0")
-    axes.set(ylim=view, xlabel="step" if len(marks) > 1 else "MFLOPs of a generated token",
-             ylabel="validation loss less the plain GPT's (nats)")
-    figure.supxlabel("95 % intervals; beyond ±0.03 the scale is logarithmic", fontsize=9)
+    note = "95 % intervals"
+    if len(marks) == 1:                                               # a bad arm must not flatten the others
+        axes.set_yscale("symlog", linthresh=0.03, linscale=2)
+        view, note = axes.get_ylim(), note + "; beyond ±0.03 the scale is logarithmic"
+        axes.set_yticks([-0.1, -0.03, -0.02, -0.01, 0, 0.01, 0.02, 0.03, 0.1, 0.3, 1], minor=False)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:+g}" if y else "0")
+        axes.set_ylim(view[0], 1.5 * view[1])
+    figure.supxlabel(note, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=120)

@@ -1,8 +1,8 @@
 """
-The pictures of the README: python experiments/figures.py --figure method    (entropy, attention, budgets, selection)
+The pictures of the README: python experiments/figures.py --figure method    (entropy, attention, budgets, placement)
 
 method: what the fork layers of tinybubbles.py do with the scores of the README's worked example. entropy and attention
-look at a trained checkpoint, entropy at that of a plain GPT too; budgets and selection draw what compare.py found. The
+look at a trained checkpoint, entropy at that of a plain GPT too; budgets and placement draw what compare.py found. The
 numbers of a picture stand beside it, as JSON.
 """
 import json
@@ -218,7 +218,7 @@ def draw_budgets(found, axes):
     axes.set(xlabel="budget at inference, streams per token", ylabel="loss less a plain GPT's, nats (lower is better)")
 
 
-def selection(runs):
+def placement(runs):
     """Of each arm that forks, after each mark, from compare.py's runs: how many streams a hard query (m of the upper
     half) has more than an easy one (m = 1), and the mean P of its forks; means and half their intervals."""
     found = {}
@@ -226,12 +226,13 @@ def selection(runs):
         for step in runs[0]["grade"]:
             grades = np.array([run["grade"][step] for run in runs if run["arm"] == arm])          # (seeds, 3, m)
             hard, P = grades[:, 1:, 2:].mean(2).T
-            found.setdefault(arm, {})[step] = (interval(hard - grades[:, 1, 0]),
-                                               interval((P - 1) / np.where(hard > 1, hard - 1, math.nan)))
+            forks = hard > 1                                          # a seed without them has no P
+            found.setdefault(arm, {})[step] = (interval(hard - grades[:, 1, 0]), interval(
+                (P - 1)[forks] / (hard - 1)[forks]) if forks.any() else (math.nan, math.nan))
     return found
 
 
-def draw_selection(found, axes):
+def draw_placement(found, axes):
     names = "streams of a hard query less an easy one's", "mean P of a hard query's forks"
     for i, (panel, name) in enumerate(zip(axes, names)):
         for arm, line in found.items():
@@ -241,8 +242,8 @@ def draw_selection(found, axes):
         panel.set(xscale="log", xlabel="step", ylabel=name)
 
 
-DRAW = dict(entropy=draw_entropy, attention=draw_attention, budgets=draw_budgets, selection=draw_selection)
-OF_RUNS = dict(budgets=("text", budgets), selection=("selection", selection))
+DRAW = dict(entropy=draw_entropy, attention=draw_attention, budgets=draw_budgets, placement=draw_placement)
+OF_RUNS = dict(budgets=("text", budgets), placement=("selection", placement))
 
 
 @dataclass
@@ -287,7 +288,7 @@ def main(argv):
         machine = f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
         whole = dict(about=note, machine=machine, found=found)
         path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
-        panels = 2 if s.figure == "selection" else 1
+        panels = 2 if s.figure == "placement" else 1
         figure = plt.figure(figsize=(6 + 2.5 * panels, 4.5), layout="constrained", facecolor="white")
         axes = figure.subplots(1, panels)
         DRAW[s.figure](found, axes)

@@ -204,11 +204,11 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     none, some = [[1.0] * 4] * 3, [[1.0] * 4, [1.5, 2, 2, 4], [1.25, 1, 1.5, 3]]
     runs = [graded(arm, seed, none, last) for arm, last in ((GPT, none), ("forks", some)) for seed in (0, 1)]
     Path("results/selection.json").write_text(json.dumps(dict(runs=runs)))
-    for name in ("entropy", "attention", "budgets", "selection"):
+    for name in ("entropy", "attention", "budgets", "placement"):
         figures.main(["--figure", name, "--results", "results", "--windows", "8", "--device", "cpu"])
         assert Path(f"results/{name}.png").stat().st_size > 10000
     found = json.loads(Path("results/budgets.json").read_text())["found"]
     assert found["bubbles, r = 2"]["1"] == pytest.approx([0.1, 0.0], abs=1e-9)
     assert found["bubbles, r = 2"]["2"] == pytest.approx([-0.2, 12.7062 * 0.1], rel=1e-4)
-    found = json.loads(Path("results/selection.json").read_text())["found"]
+    found = json.loads(Path("results/placement.json").read_text())["found"]
     assert list(found) == ["forks"] and found["forks"]["9"] == [[1.5, 0.0], [0.625, 0.0]]
