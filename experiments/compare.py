@@ -102,7 +102,7 @@ PRESETS = {
                     (4e-3,), (5, 10)),
     "text": Preset(SMALL, tuple(ARMS)[:19], 10, RATES, (2000,)),
     "long": Preset("--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 --fork_layers 1,2 --batch_size 4",
-                   (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (4e-3,),
+                   (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
     "selection": Preset("--device cpu --dataset lookup --block_size 48 --n_layer 3 --n_head 2 --n_embd 16 "
                         "--fork_layers 1,2 --batch_size 16",
