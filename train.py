@@ -92,7 +92,6 @@ def learning_rate(step, s):
 class Trainer:
     """One run: what the Settings `s` say, built, trained and written to out_dir. saved: the checkpoint to go on from;
     make: makes the model of a Config and --paper. Every process of torchrun has a Trainer; the first one writes."""
-
     def __init__(self, s, saved=None, make=make_model):
         self.s, self.out, self.stop, self.pending = s, Path(s.out_dir), False, []
         self.rank, self.world, self.device = join_processes(choose_device(s.device))
@@ -254,6 +253,7 @@ class Trainer:
                 clock, clocked = time.perf_counter(), step + 1
         if not self.rank:
             draw_loss(self.out / "log.csv", self.out / "loss.png")
+        self.mean(torch.zeros((), device=self.device))                # leave together: gloo may abort who goes first
         self.say(f"steps:      {s.max_iters}\nparameters: {n_params:,}\ntrain_loss: {train_loss:.4f}\n"
                  f"val_loss:   {self.val_loss:.4f}\nminutes:    {(time.perf_counter() - started) / 60:.1f}\n"
                  f"checkpoint: {self.out / 'ckpt.pt'}; the best: {self.out / 'best.pt'}, {self.best:.4f}")
