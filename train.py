@@ -21,7 +21,7 @@ from tasks.text import make_data
 from tinybubbles import Config
 from tools.files import load_checkpoint, make_model, open_log, write_atomically
 from tools.pictures import draw_loss
-from tools.program import choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse
+from tools.program import choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse, wait_for_processes
 
 FREE = ("max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device", "compile", "out_dir")
 LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
@@ -253,7 +253,6 @@ class Trainer:
                 clock, clocked = time.perf_counter(), step + 1
         if not self.rank:
             draw_loss(self.out / "log.csv", self.out / "loss.png")
-        self.mean(torch.zeros((), device=self.device))                # leave together: gloo may abort who goes first
         self.say(f"steps:      {s.max_iters}\nparameters: {n_params:,}\ntrain_loss: {train_loss:.4f}\n"
                  f"val_loss:   {self.val_loss:.4f}\nminutes:    {(time.perf_counter() - started) / 60:.1f}\n"
                  f"checkpoint: {self.out / 'ckpt.pt'}; the best: {self.out / 'best.pt'}, {self.best:.4f}")
@@ -286,6 +285,7 @@ def main(argv):
     s, saved = resume(s, argv, description) if s.resume else (s, None)
     try:
         Trainer(s, saved).fit()
+        wait_for_processes()                                          # gloo may abort one that leaves first
     except OSError as error:                                          # a full disk, say, while log.csv is written
         refuse(f"{error.filename or s.out_dir} cannot be used ({error.strerror}); ckpt.pt is kept; then --resume")
     finally:

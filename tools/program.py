@@ -93,6 +93,12 @@ def join_processes(device):
     return rank, world, device
 
 
+def wait_for_processes():
+    """Go on when all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def in_turn(make, rank, world):
     """What `make` returns in this process, one process after the other."""
     for turn in range(world):
