@@ -108,7 +108,7 @@ class Fork(nn.Module):
         logp, stays = (s.logp.unsqueeze(-1) + score).flatten(1), stays.flatten(1)  # (B, M)
         x = torch.stack((x + self.embedding, x), 2).flatten(1, 2)  # (B, M, D)
 
-        # Select: every original, and some of the extras.
+        # Select: every original, some extras.
         survives = self.select(logp.detach(), stays, s, budget, used)  # (B, M)
 
         # Gather: the survivors in their order, with padding on the right.
@@ -131,7 +131,7 @@ class Fork(nn.Module):
         if self.training:
             best = logp.masked_fill(stays, PADDING).flatten().sort(descending=True).values
             reached = best[min(max(1, round((budget - 1) * s.T * len(logp))), len(best)) - 1]
-            error = (reached - 1e-3).clamp(min=NO_BAR) - bar  # a bit less: rounding must not decide
+            error = (reached - 1e-3).clamp(min=NO_BAR) - bar  # less: rounding must not decide
             self.error[i - 1] += (1 - part) * error
             self.error[i] += part * error
         wanted = (logp >= bar) & ~stays
@@ -217,8 +217,8 @@ class Block(nn.Module):
 
 class Cache:
     """The keys and values of earlier streams, without gradients. Pass an empty one to `model(idx, cache=...)`, then the
-    same one with each next chunk of the batch's tokens. The first call makes its room, for a whole context at its
-    budget; no shape changes later, so a step compiles to one graph."""
+    same with each next chunk. The first call makes its room, for a whole context at its budget; no shape changes
+    later, so a step compiles to one graph."""
     def __init__(self):
         self.length = 0   # tokens seen
         self.held = None  # (fork layers + 1, B, 1), behind each: streams that a row holds, which is its next free slot
@@ -232,6 +232,7 @@ class Cache:
             most = [min(2**i, budget) * config.block_size for i in range(1 + len(config.fork_layers))]
             self.slots = [torch.arange(int(size) // 16 * 16 + 32, device=idx.device) for size in most]
             self.held = idx.new_zeros(len(most), len(idx), 1)
+            torch._dynamo.mark_static_address(self.held)  # for CUDA graphs
         if budget > self.budget or len(idx) != len(self.row):
             raise ValueError(f"this cache is for {len(self.row)} rows, budgets to {self.budget:g}, not {len(idx)}, "
                              f"{budget:g}; start a new Cache()")
@@ -255,7 +256,7 @@ class Cache:
         new = torch.stack((k, v), 2).detach()  # (B, N, 2, H, d)
         if layer not in self.kv:
             self.kv[layer] = new.new_zeros(len(new), s.mask.size(-1), *new.shape[2:])
-            torch._dynamo.mark_static_address(self.kv[layer])  # for CUDA graphs
+            torch._dynamo.mark_static_address(self.kv[layer])
         self.kv[layer][self.row, s.slot] = new
         return self.kv[layer].unbind(2)
 
