@@ -29,7 +29,7 @@ LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step",
 
 @dataclasses.dataclass
 class Settings:
-    dataset: str = knob("shakespeare", "shakespeare, lookup, a text's path, or a folder of .bin files")
+    dataset: str = knob("shakespeare", "shakespeare, urns, a text's path, or a folder of .bin files")
     vocab_size: int = knob(None, "tokens of a folder's vocabulary; default: meta.pkl's", "int", low=1)
     out_dir: str = knob("out", "where ckpt.pt, best.pt, log.csv and loss.png go")
     resume: bool = knob(False, "go on from out_dir's ckpt.pt, with its flags; these may differ: " + ", ".join(FREE))

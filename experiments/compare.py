@@ -68,10 +68,18 @@ ARMS = {
     "bubbles, elastic": Arm("--budget 1,1.5,2,4", (2, 1, 1.25, 1.5, 3, 4)),
     "the paper's model": Arm("--paper", (2,), PaperTinybubbles),
     "the authors' code": Arm("--paper", (2,), lambda config: PaperTinybubbles(config, merge="residual")),
-    "placed by hand": Arm("", (2,), rivals.Oracle),
-    "fading noise": Arm("", (2,), rivals.FadingNoise),
-    "random first": Arm("", (2,), rivals.RandomFirst),
-    "a charge per stream": Arm("", (2,), rivals.Charged),
+    "mixture, r = 2": Arm("", (2,), rivals.Mixture),
+    "the paper's model, r = 1.5": Arm("--paper --budget 1.5", (1.5,), PaperTinybubbles),
+    "by hand": Arm("--budget 1.5", (1.5,), rivals.Hand),
+    "mixture by hand": Arm("--budget 1.5", (1.5,), rivals.HandMixture),
+    "mixture, r = 1.5": Arm("--budget 1.5", (1.5, 4), rivals.Mixture),
+    "mixture, random": Arm("--budget 1.5", (1.5, 4), rivals.RandomMixture),
+    "mixture, two budgets": Arm("--budget 1.5,4", (1.5, 4), rivals.Mixture),
+    "mixture, fading noise": Arm("--budget 1.5", (1.5, 4), rivals.FadingNoise),
+    "mixture, random first": Arm("--budget 1.5", (1.5, 4), rivals.RandomFirst),
+    "mixture, charge": Arm("--budget 1.5", (1.5, 4), rivals.Charged),
+    "mixture, sure": Arm("--budget 1.5", (1.5, 4), rivals.Sure),
+    "mixture, sure, charge": Arm("--budget 1.5", (1.5, 4), rivals.SureCharged),
 }
 COLORS = {name: color for names, color in (
     ((GPT, "deeper GPT", "wider GPT"), "#000000"), (("copy-2", "copy-2, last"), "#e69f00"),
@@ -92,6 +100,7 @@ class Preset:
     marks: tuple
     deeper: int = 7       # blocks of a GPT of as many FLOPs as bubbles at r = 2
     wider: int = 88       # the same, as its width
+    beside: str = "bubbles, r = 2"  # the other arm that the table's differences are to
 
 
 SMALL = "--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8"
@@ -100,15 +109,14 @@ PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
-    "text": Preset(SMALL, tuple(ARMS)[:19], 10, RATES, (2000,)),
+    "text": Preset(SMALL, tuple(ARMS)[:20], 10, RATES, (2000,)),
     "long": Preset("--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 --fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
-    "selection": Preset("--device cpu --dataset lookup --block_size 48 --n_layer 3 --n_head 2 --n_embd 16 "
-                        "--fork_layers 1,2 --batch_size 16",
-                        (GPT, "deeper GPT", "wider GPT", "placed by hand", "random selection", "bubbles, r = 2",
-                         "bubbles, elastic", "fading noise", "random first", "a charge per stream"), 10,
-                        (8e-3, 4e-3), (100, 500, 1000, 2000, 4000), deeper=5, wider=20),
+    "selection": Preset("--device cpu --dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 "
+                        "--fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5",
+                        *tuple(ARMS)[20:]), 10, (8e-3, 16e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
+                        beside="mixture, r = 1.5"),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 32 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
                   (1000, 3000), deeper=14, wider=528),
@@ -277,17 +285,16 @@ def less(runs, arm, other, mark, budget):
     return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
 
 
-def write_table(path, runs, found, marks, about):
+def write_table(path, runs, found, marks, beside, about):
     """A row for each arm and budget, after the last step; and the differences after earlier ones."""
-    BUBBLES = "bubbles, r = 2"
-    lines = ["| | budget | seeds | rate | parameters | loss | less the plain GPT's | less bubbles', r = 2 | training "
+    lines = [f"| | budget | seeds | rate | parameters | loss | less the plain GPT's | less that of {beside} | training "
              "MFLOPs per token | MFLOPs of a generated token | time of a step | of a token |", "|" + "---|" * 12]
     for arm in dict.fromkeys(run["arm"] for run in runs):
         one = next(run for run in runs if run["arm"] == arm)
         for budget in one["loss"][str(marks[-1])]:
             loss, m = list(by_seed(runs, arm, marks[-1], budget).values()), found.get(arm, {})
             first = budget == f"{ARMS[arm].budgets[0]:g}"
-            pairs = [less(runs, arm, other, marks[-1], budget) for other in (GPT, BUBBLES)]
+            pairs = [less(runs, arm, other, marks[-1], budget) for other in (GPT, beside)]
             cells = [arm, budget, len(loss), f"{one['rate']:g}", f"{one['parameters']:,}", show(loss),
                      *(show(pair, "+") if pair and any(pair) else "" for pair in pairs),
                      f"{m['train_flops'] / 1e6:.2f}" if m and first else "",
@@ -300,9 +307,9 @@ def write_table(path, runs, found, marks, about):
             for arm in dict.fromkeys(run["arm"] for run in runs) if arm != GPT) + "."]
     for arm in dict.fromkeys(run["arm"] for run in runs if "grade" in run):
         grades = np.array([run["grade"][str(marks[-1])] for run in runs if run["arm"] == arm])
-        lines += ["", f"{arm}, for each m: " + "; ".join(
-            f"{name} " + ", ".join(show(seeds) for seeds in by_m.T)
-            for name, by_m in zip(("right answers", "streams of a query", "sum of their P"), grades.swapaxes(0, 1)))]
+        lines += ["", f"{arm}, of easy and of hard tokens: " + "; ".join(
+            f"{name} " + ", ".join(show(seeds) for seeds in part.T)
+            for name, part in zip(("nats above the least", "streams", "sum of their P"), grades.swapaxes(0, 1)))]
     path.write_text("\n".join([*lines, "", about]) + "\n", encoding="utf-8")
 
 
@@ -416,7 +423,7 @@ def main(argv):
     whole = dict(about=about, missing=[f"{job.arm}, seed {job.seed}" for job in jobs if job not in done], runs=runs,
                  measured=found)
     write_atomically(results / f"{s.preset}.json", lambda file: file.write(json.dumps(whole, indent=1).encode()))
-    write_table(results / f"{s.preset}.md", runs, found, p.marks, about)
+    write_table(results / f"{s.preset}.md", runs, found, p.marks, p.beside, about)
     draw(results / f"{s.preset}.png", runs, found, p.marks)
     print((results / f"{s.preset}.md").read_text(encoding="utf-8"))
 

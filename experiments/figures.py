@@ -219,26 +219,27 @@ def draw_budgets(found, axes):
 
 
 def placement(runs):
-    """Of each arm that forks, after each mark, from compare.py's runs: how many streams a hard query (m of the upper
-    half) has more than an easy one (m = 1), and the mean P of its forks; means and half their intervals."""
+    """Of each arm after each mark, from compare.py's runs on urns: how many streams a hard token has more than an easy
+    one, the mean P of its forks, and the nats by which hard tokens miss the least loss; means and half intervals."""
     found = {}
-    for arm in dict.fromkeys(run["arm"] for run in runs if list(run["grade"].values())[-1][1][-1] > 1):
+    for arm in dict.fromkeys(run["arm"] for run in runs):
         for step in runs[0]["grade"]:
-            grades = np.array([run["grade"][step] for run in runs if run["arm"] == arm])          # (seeds, 3, m)
-            hard, P = grades[:, 1:, 2:].mean(2).T
-            forks = hard > 1                                          # a seed without them has no P
-            found.setdefault(arm, {})[step] = (interval(hard - grades[:, 1, 0]), interval(
-                (P - 1)[forks] / (hard - 1)[forks]) if forks.any() else (math.nan, math.nan))
+            miss, streams, P = np.array([run["grade"][step] for run in runs if run["arm"] == arm]).swapaxes(0, 1)
+            forks = streams[:, 1] > 1                                 # a seed without them has no P
+            mean = interval((P[:, 1] - 1)[forks] / (streams[:, 1] - 1)[forks]) if forks.any() else (math.nan, math.nan)
+            found.setdefault(arm, {})[step] = interval(streams[:, 1] - streams[:, 0]), mean, interval(miss[:, 1])
     return found
 
 
 def draw_placement(found, axes):
-    names = "streams of a hard query less an easy one's", "mean P of a hard query's forks"
+    names = ("streams of a hard token less an easy one's", "mean P of a hard token's forks",
+             "hard tokens' loss, nats above the least possible")
     for i, (panel, name) in enumerate(zip(axes, names)):
-        for arm, line in found.items():
+        for j, (arm, line) in enumerate(found.items()):
             mean, half = np.array([point[i] for point in line.values()]).T
-            steps, (mark,) = list(map(int, line)), panel.plot(list(map(int, line)), mean, marker="o", label=arm)
-            panel.fill_between(steps, mean - half, mean + half, color=mark.get_color(), alpha=0.15)
+            steps, color = list(map(int, line)), plt.get_cmap("tab20")(j)
+            panel.plot(steps, mean, marker="o", color=color, label=arm)
+            panel.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15)
         panel.set(xscale="log", xlabel="step", ylabel=name)
 
 
@@ -288,11 +289,12 @@ def main(argv):
         machine = f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
         whole = dict(about=note, machine=machine, found=found)
         path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
-        panels = 2 if s.figure == "placement" else 1
-        figure = plt.figure(figsize=(6 + 2.5 * panels, 4.5), layout="constrained", facecolor="white")
+        panels = 3 if s.figure == "placement" else 1
+        figure = plt.figure(figsize=(5 + 3 * panels, 4.5), layout="constrained", facecolor="white")
         axes = figure.subplots(1, panels)
         DRAW[s.figure](found, axes)
-        figure.axes[-1].legend(frameon=False, fontsize=9)
+        beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if panels > 1 else {}
+        figure.axes[-1].legend(frameon=False, fontsize=9, **beside)
         figure.supxlabel(note, fontsize=9)
         figure.savefig(path, dpi=130)
         plt.close(figure)

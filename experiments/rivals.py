@@ -1,7 +1,7 @@
 """
 What bubbles are compared with, each built on tinybubbles' own blocks, so that only the idea differs: copies, pauses
-(two forms), recurrent depth, PonderLM-2 and PonderLM-3; bubbles that fork at random, or are not attenuated; and, on
-the task lookup, forks placed by hand, and four ways to teach bubbles where to put them (the fourth is several budgets).
+(two forms), recurrent depth, PonderLM-2 and PonderLM-3; bubbles that fork at random, are not attenuated, or merge as
+the paper's do; and, on the task urns, forks placed by hand, and ways to teach bubbles where to put them.
 
 All are called, trained and sampled as a Tinybubbles. The budget of a rival, always a whole number, is n, the positions
 of a token: copies, a token and its pauses, a token and its latent slots; of recurrent depth, its iterations.
@@ -19,8 +19,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks.lookup import Lookup  # noqa: E402
-from tinybubbles import PADDING, Cache, Fork, Streams, Tinybubbles, check_budget, start  # noqa: E402
+from tasks.urns import Urns  # noqa: E402
+from tinybubbles import PADDING, Cache, Fork, PaperTinybubbles, Streams, Tinybubbles, check_budget, start  # noqa: E402
 
 
 class Rival(Tinybubbles):
@@ -372,27 +372,39 @@ class NoAttenuation(Tinybubbles):
         return x, flat, cache
 
 
-class OracleFork(Fork):
-    """Placed by hand: of lookup's queries, those with m of the upper half fork all their streams, and nothing else does.
-    The budget has to hold them."""
+class Mixture(Tinybubbles):
+    """Bubbles whose streams predict each for itself, merged as the paper's equation 11 does."""
+    merge, predict = "probability", PaperTinybubbles.predict
+
+
+class RandomMixture(Mixture):
+    fork_layer = RandomFork
+
+
+class HandFork(Fork):
+    """Placed by hand: of the task urns, hard tokens fork all their streams, and nothing else does."""
 
     def select(self, logp, stays, s, budget, used):
         wanted = self.hard.gather(1, s.tok.clamp(max=s.T - 1)) & (s.tok < s.T)       # (B, N)
         return stays | wanted.repeat_interleave(2, 1)
 
 
-class Oracle(Tinybubbles):
-    fork_layer = OracleFork
+class Hand(Tinybubbles):
+    fork_layer = HandFork
 
     def read(self, idx, *rest):
         for fork in self.forks.values():
-            fork.hard = idx >= self.config.vocab_size - Lookup.GROUPS // 2 * Lookup.LISTS
+            fork.hard = idx >= self.config.vocab_size - Urns.HARD
         return super().read(idx, *rest)
+
+
+class HandMixture(Hand, Mixture):
+    pass
 
 
 class NoisyFork(Fork):
     """In training, extras compete by log P plus Gumbel noise, which fades linearly within the first `steps` of them."""
-    steps = 2000
+    steps = 1500
 
     def __init__(self, config):
         super().__init__(config)
@@ -408,7 +420,7 @@ class NoisyFork(Fork):
         return super().select(logp, stays, s, budget, used)
 
 
-class FadingNoise(Tinybubbles):
+class FadingNoise(Mixture):
     fork_layer = NoisyFork
 
 
@@ -419,17 +431,35 @@ class RandomFirstFork(NoisyFork):
         return 20.0 * (left > 0)
 
 
-class RandomFirst(Tinybubbles):
+class RandomFirst(Mixture):
     fork_layer = RandomFirstFork
 
 
-class Charged(Tinybubbles):
-    """Training adds `charge` times the sum of the extras' P per token in the last block: what is of no use shall go."""
-    charge = 0.01
+class SureFork(Fork):
+    """At the start a stream forks and stays with a probability near 1 (0.95), so that forks count from the first step
+    on, and are taught."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score.register_forward_hook(lambda layer, read, score: score + 3.0)
+
+
+class Sure(Mixture):
+    fork_layer = SureFork
+
+
+class Charged(Mixture):
+    """Training adds `charge` times the sum of the extras' P per token, in every block: what is of no use shall go."""
+    charge = 0.03
 
     def read(self, idx, targets, budget, cache, streams):
         streams = [] if streams is None else streams
         log_probs, loss = super().read(idx, targets, budget, cache, streams)
         if self.training and targets is not None:
-            loss = loss + self.charge * (streams[-1][1].exp().sum() / idx.numel() - 1)
+            extras = sum(logp.exp().sum() for tok, logp in streams) / idx.numel() - len(streams)
+            loss = loss + self.charge * extras
         return log_probs, loss
+
+
+class SureCharged(Sure, Charged):
+    pass

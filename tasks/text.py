@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tasks.lookup import Lookup
 from tasks.plays import shakespeare
+from tasks.urns import Urns
 from tools.program import refuse
 
 
@@ -135,10 +135,10 @@ class Text:
 
 
 def make_data(s):
-    """What --dataset names, a Text or a Lookup, or a refusal. Both have T (tokens in a row), vocab_size, vocabulary,
+    """What --dataset names, a Text or Urns, or a refusal. Both have T (tokens in a row), vocab_size, vocabulary,
     size (in words), train_batch, val_batch and report."""
-    if s.dataset == "lookup":
-        return Lookup(s)
+    if s.dataset == "urns":
+        return Urns(s)
     if s.dataset != "shakespeare" and not Path(s.dataset).exists():
-        refuse(f"--dataset must be shakespeare, lookup, a file or a folder, and there is no {s.dataset!r}")
+        refuse(f"--dataset must be shakespeare, urns, a file or a folder, and there is no {s.dataset!r}")
     return Text(s)

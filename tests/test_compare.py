@@ -139,7 +139,7 @@ def test_flops_and_times_are_measured_for_every_arm_and_drawn(results):
 def test_every_arm_of_every_preset_can_be_made(tmp_path, results):
     for preset, p in compare.PRESETS.items():
         for arm in p.arms:
-            job = Job("smoke", arm, 1e-3, 0, str(tmp_path))
+            job = Job(preset if preset == "selection" else "smoke", arm, 1e-3, 0, str(tmp_path))
             with torch.no_grad():
                 trainer = job.trainer()
                 for budget in compare.ARMS[arm].budgets:

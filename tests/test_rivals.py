@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from experiments import rivals
 from experiments.compare import ARMS, count_flops, decode
-from tasks.lookup import Lookup
+from tasks.urns import Urns
 from test_tinybubbles import SMALL, layer_norm, log_softmax, oracle_turn, random_model, tokens
-from tinybubbles import Cache, Config
+from tinybubbles import Cache, Config, Streams
 from tools.program import read_flags
 from train import Settings as TrainSettings
 
@@ -25,10 +25,11 @@ KINDS = {   # class: configuration, budgets to read at, positions that pass thro
     rivals.PonderLM3: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
     rivals.RandomSelection: ({}, (1, 1.5, 3), None),
     rivals.NoAttenuation: ({}, (1, 1.5, 3), None),
-    rivals.Oracle: (dict(budget=8.0), (8,), None),                     # of so few words all are hard
-    rivals.FadingNoise: ({}, (1, 1.5, 3), None),
-    rivals.RandomFirst: ({}, (1, 1.5, 3), None),
-    rivals.Charged: ({}, (1, 1.5, 3), None),
+    rivals.Hand: (dict(budget=8.0), (8,), None),                       # of so few words all are hard
+    rivals.HandMixture: (dict(budget=8.0), (8,), None),
+    **{kind: ({}, (1, 1.5, 3), None) for kind in (
+        rivals.Mixture, rivals.RandomMixture, rivals.FadingNoise, rivals.RandomFirst, rivals.Charged, rivals.Sure,
+        rivals.SureCharged)},
 }
 EACH = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
@@ -314,24 +315,27 @@ def test_without_attenuation_scores_only_choose_and_merge():
     assert (plain(idx, budget=2)[0] - model(idx, budget=2)[0]).abs().max() < 1e-5
 
 
-def lookup(B):
-    """A lookup, its Config's part, and a batch: idx, targets, m (B, T)."""
-    data = Lookup(read_flags(TrainSettings, ["--dataset", "lookup", "--batch_size", str(B)], ""))
-    batch = map(torch.from_numpy, data.make(np.random.default_rng(0)))
-    return dict(vocab_size=data.vocab_size, block_size=data.T), *batch
+def test_the_hand_places_three_forks_at_every_hard_token_within_a_budget_of_one_and_a_half():
+    data, streams = Urns(read_flags(TrainSettings, ["--dataset", "urns", "--block_size", "16"], "")), []
+    idx = torch.from_numpy(data.val_batch(0)[0])
+    shape = dict(vocab_size=data.vocab_size, block_size=16, fork_layers=(0, 1))
+    random_model(0, rivals.HandMixture, **shape)(idx, budget=1.5, streams=streams)
+    for tok in streams[-1][0]:
+        assert torch.bincount(tok[tok >= 0]).tolist() == [4 if hard else 1 for hard in data.hard]
 
 
-def test_the_hand_places_three_forks_at_every_hard_query_and_spends_two_streams_a_token():
-    config, idx, targets, m = lookup(3)
-    streams = []
-    random_model(0, rivals.Oracle, **config)(idx, budget=2, streams=streams)
-    for tok, of in zip(streams[-1][0], m):
-        assert torch.bincount(tok, minlength=len(of)).tolist() == [4 if k > 2 else 1 for k in of.tolist()]
+def test_each_stream_of_a_mixture_predicts_for_itself():
+    """Two streams whose P are 1 and 1/3 mix their distributions three to one."""
+    model, x = make(rivals.Mixture), torch.randn(1, 2, 16, dtype=torch.float64)
+    tok, logp = torch.tensor([[0, 0]]), torch.tensor([[1 / 3, 1.0]]).log()
+    s = Streams(tok, logp, 1, torch.ones(1, 1), model.frequency, None, 0)
+    fork, original = model.log_probs(x, None)[0].exp()
+    assert torch.allclose(model.predict(x, s, None)[0, 0].exp(), 0.25 * fork + 0.75 * original)
 
 
 def test_noise_moves_the_choice_in_training_and_fades():
     for kind in (rivals.FadingNoise, rivals.RandomFirst):
-        model, plain, idx = make(kind), random_model(0).double(), tokens(0, B=8, T=24)
+        model, plain, idx = make(kind), make(rivals.Mixture), tokens(0, B=8, T=24)
         plain.load_state_dict(model.state_dict(), strict=False)
         chosen = lambda: (streams_of(model.train(), idx, 1.5), streams_of(plain.train(), idx, 1.5))
         for fork in [*model.forks.values(), *plain.forks.values()]:
@@ -345,12 +349,18 @@ def test_noise_moves_the_choice_in_training_and_fades():
             assert torch.equal(*chosen()) == same
 
 
-def test_the_charge_is_the_extras_p_per_token_and_only_trained():
+def test_the_charge_is_the_extras_p_per_token_in_every_block_and_only_trained():
     model, idx, targets, streams = make(rivals.Charged), tokens(0), tokens(1), []
     charged = model.train()(idx, targets, streams=streams)[1]
-    extras = streams[-1][1].exp().sum() / idx.numel() - 1
+    extras = sum(logp.exp().sum() / idx.numel() - 1 for _, logp in streams)
     assert extras > 0.1
-    assert (charged - model.eval()(idx, targets)[1]).item() == pytest.approx(0.01 * extras.item(), rel=1e-5)
+    assert (charged - model.eval()(idx, targets)[1]).item() == pytest.approx(0.03 * extras.item(), rel=1e-5)
+
+
+def test_sure_scores_start_near_one():
+    model, streams = rivals.Sure(Config()), []
+    model(tokens(0), streams=streams)
+    assert 0.5 < streams[-1][1][streams[-1][0] >= 0].exp().min() < 1
 
 
 def test_every_arm_of_the_comparison_is_tested_here_or_with_the_core():

@@ -111,8 +111,6 @@ def test_every_command_of_the_readme_runs(folder):
         flags, (module, more) = shlex.split(flags), small[script]
         if "--resume" in flags:
             more = ["--max_iters", "6"]
-        elif "lookup" in flags:
-            more = [*more, "--block_size", "48"]
         flags = [flag for flag in flags if flag != "--compile"] + more
         if start:
             run = python(*shlex.split(start), ROOT / script, *flags)
