@@ -21,7 +21,8 @@ from tasks.text import make_data
 from tinybubbles import Config
 from tools.files import load_checkpoint, make_model, open_log, write_atomically
 from tools.pictures import draw_loss
-from tools.program import choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse, wait_for_processes
+from tools.program import (choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse,
+                           wait_for_processes)
 
 FREE = ("max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device", "compile", "out_dir")
 LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
@@ -58,7 +59,7 @@ class Settings:
     seed: int = knob(0, "of the weights, the batches and the samples", low=0)
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
     dtype: str = knob("auto", "auto: bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
-    compile: bool = knob(False, "torch.compile the model: slow to start, faster then")
+    compile: bool = knob(False, "torch.compile training steps: slow to start, faster then")
 
 
 @torch.no_grad()
@@ -103,9 +104,9 @@ class Trainer:
         torch.manual_seed(s.seed)
         self.model = or_refuse(lambda: make(Config(**shared), s.paper)).to(self.device)
         if s.compile:
-            torch._dynamo.config.recompile_limit = 100                # a graph for each budget, trained and evaluated
-        self.compiled = torch.compile(self.model) if s.compile else self.model
-        self.parallel = DDP(self.compiled, broadcast_buffers=False) if self.world > 1 else self.compiled
+            torch._dynamo.config.recompile_limit = 100                # a graph for each budget that is trained
+        compiled = torch.compile(self.model) if s.compile else self.model
+        self.parallel = DDP(compiled, broadcast_buffers=False) if self.world > 1 else compiled
         self.optimizer = make_optimizer(self.model, s, self.device)
         self.batches, self.start = self.world * s.gradient_accumulation_steps, 0     # batches: per step
         self.val_loss = self.best = math.inf
@@ -160,7 +161,7 @@ class Trainer:
     def evaluate(self, budget):
         """Validation loss in nats per target, always over the same batches, shared out among the processes."""
         n, zero = self.s.eval_iters, torch.zeros((), device=self.device)
-        losses = (self.loss(self.compiled, self.data.val_batch(i), budget) for i in range(self.rank, n, self.world))
+        losses = (self.loss(self.model, self.data.val_batch(i), budget) for i in range(self.rank, n, self.world))
         return self.mean(sum(losses, zero)).item() * self.world / n
 
     def measure_bars(self, step):

@@ -6,7 +6,8 @@ cache. Both take turns in one run; a row holds the ratio of the shortest times, 
 dispatches for a token. Rows go to bench.json as they are measured, and one that is there is not measured again.
 
 The preset gpu compiles both, in bfloat16, a token as CUDA graphs. Its rows, in bench-gpu.json, also hold milliseconds,
-and what share training has of the rate at which the GPU multiplies two 8,192 x 8,192 matrices.
+and what share training has of the rate at which the GPU multiplies two 8,192 x 8,192 matrices; and it prints where the
+GPU's time goes.
 """
 import itertools
 import json
@@ -110,6 +111,14 @@ def shortest(functions, rounds, device):
     return best
 
 
+def print_kernels(function):
+    """Where the GPU's time goes."""
+    with torch.profiler.profile() as profile:
+        function()
+        torch.cuda.synchronize()
+    print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=14, max_name_column_width=70))
+
+
 def training_step(row, config, rounds, device):
     """The ratio of a step of bubbles to one of a GPT that computes as many positions in each block."""
     (B, T), counts, gpu = (row.get("batch", 1), row["T"]), [], device.type == "cuda"
@@ -138,6 +147,7 @@ def training_step(row, config, rounds, device):
         ceiling = 20 * 8192**3 / shortest([lambda: [a[0] @ a[1] for _ in range(10)]], rounds, device)[0]
         found |= dict(ms=bubbles * 125, gpt_ms=plain * 125, share=flops * 8 / bubbles / ceiling,
                       gpt_share=flops * 8 / plain / ceiling, ceiling=ceiling)
+        print_kernels(lambda: step(optimizers[0], lambda: ours(idx, idx)[1]))
     return found
 
 
@@ -167,6 +177,7 @@ def cached_token(row, config, rounds, device):
             at = at + 1
     bubbles, plain = shortest([eight_of_ours, eight_of_gpt], rounds, device)
     if gpu:
+        print_kernels(eight_of_ours)
         return dict(ratio=bubbles / plain, ms=bubbles * 125, gpt_ms=plain * 125)
     anew, = shortest([lambda: model(idx[:, :T])], 2, device)
     with Operations() as mine:

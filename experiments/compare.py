@@ -118,8 +118,8 @@ PRESETS = {
                         *tuple(ARMS)[20:]), 10, (8e-3, 16e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, r = 1.5"),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
-                  "--batch_size 32 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
-                  (1000, 3000), deeper=14, wider=528),
+                  "--batch_size 16 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
+                  (500, 2000)),
 }
 
 
@@ -161,13 +161,19 @@ class Job:
         return Trainer(s, saved, lambda config, paper: ARMS[self.arm].make(config))
 
 
+def machine(device=None):
+    """This machine, in words."""
+    name = torch.cuda.get_device_name() if device and device.type == "cuda" else f"{os.cpu_count()} cores"
+    return f"{platform.machine()}, {name}, PyTorch {torch.__version__}, Python {platform.python_version()}"
+
+
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 def train(job):
     """Make the run, in this process, on one thread."""
     torch.set_num_threads(1)
     trainer, path, marks = job.trainer(), job.path(), PRESETS[job.preset].marks
-    run = dict(arm=job.arm, rate=job.rate, seed=job.seed, flags=job.flags(), loss={},
+    run = dict(arm=job.arm, rate=job.rate, seed=job.seed, flags=job.flags(), loss={}, machine=machine(trainer.device),
                parameters=sum(p.numel() for p in trainer.model.parameters()))
     run = json.loads(path.read_text()) if path.exists() else run
     for step in range(trainer.start, marks[-1] + 1):
@@ -413,13 +419,14 @@ def main(argv):
         train_all(s, jobs)
     done = [job for job in jobs if job.done()]
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
-    found |= measure([job for job in done if job.seed == 0 and (job.arm == GPT or job.trained())])
-    machine = torch.cuda.get_device_name() if "cuda" in p.flags else f"{platform.machine()}, {os.cpu_count()} cores"
+    trained = [job for job in done if job.seed == 0 and job.trained() and job.arm != GPT]
+    found |= measure([job for job in done if job.arm == GPT][:1] + trained) if trained else {}
+    machines = " and on ".join(sorted({run.get("machine", machine()) for run in runs}))
     about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {p.seeds - 1} (Student's t); "
              f"differences are paired: same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; rates "
              f"{', '.join(f'{rate:g}' for rate in p.rates)}, the best with seed 0. FLOPs as PyTorch counts them, empty "
              "room in caches included; times as multiples of the plain GPT's, the shortest of five turns on one "
-             f"thread. {machine}, PyTorch {torch.__version__}, Python {platform.python_version()}.")
+             f"thread. Trained on {machines}.")
     whole = dict(about=about, missing=[f"{job.arm}, seed {job.seed}" for job in jobs if job not in done], runs=runs,
                  measured=found)
     write_atomically(results / f"{s.preset}.json", lambda file: file.write(json.dumps(whole, indent=1).encode()))
