@@ -119,7 +119,7 @@ PRESETS = {
                         beside="mixture, r = 1.5"),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 16 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
-                  (500, 2000)),
+                  (500, 1500)),
 }
 
 
