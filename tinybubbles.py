@@ -154,7 +154,7 @@ class Streams:
         self.original = tok != F.pad(tok[:, 1:], (0, 1), value=T)  # (B, N), the last of its token
         self.P = logp.exp().unsqueeze(-1)  # (B, N, 1)
         # Positions (appendix D): of the q streams of token t, the p-th from the right stands at t - p/q.
-        left, right = torch.searchsorted(tok, tok), torch.searchsorted(tok, tok, right=True)
+        left, right = (torch.searchsorted(self.t, self.t, right=end) for end in (False, True))
         p, q = right - torch.arange(1, tok.size(1) + 1, device=tok.device), right - left
         angle = (self.t - p / q).view(*tok.shape, 1, 1, 1) * frequency  # (B, N, 1, 1, d)
         self.cos, self.sin = angle.cos(), angle.sin()

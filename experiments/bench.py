@@ -45,7 +45,7 @@ PRESETS = dict(cpu=(TRAIN + DECODE, 10, 1.6), gpu=(GPU, 10, 1.3),               
 class Settings:
     preset: str = knob("cpu", "cpu: a quarter of an hour; gpu: minutes; smoke: seconds", choices=PRESETS)
     results: str = knob("experiments/results", "where the rows, their table and its picture go")
-    row: int = knob(None, "this one alone, from 0: several processes can so compile what a later call measures", "int")
+    row: int = knob(None, "compile this one, from 0, and measure none: several processes can, for a later call", "int")
 
 
 class GPT(nn.Module):
@@ -235,17 +235,21 @@ def main(argv):
         machine = f"{torch.cuda.get_device_name()}, bfloat16, compiled"
     about = (f"Ratios of the shortest times of {rounds} rounds in turns, {machine}. PyTorch {torch.__version__}, "
              f"Python {platform.python_version()}.")
-    for row in json.loads(json.dumps(plan if s.row is None else plan[s.row:s.row + 1])):
-        if not any(row.items() <= done.items() for done in rows):
+    for number, row in enumerate(json.loads(json.dumps(plan))):
+        if number == s.row or s.row is None and not any(row.items() <= done.items() for done in rows):
             torch.manual_seed(0)
+            torch._dynamo.reset()                                     # else shapes that changed were compiled as unknown
             room = row["T"] + (8 * rounds + 16) * (row["kind"] == "token")
             config = Config(block_size=room, **{name: row[name] for name in ("n_layer", "n_head", "n_embd", "budget")},
                             fork_layers=tuple(row["fork_layers"]))
             half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
             measure = training_step if row["kind"] == "step" else half(cached_token)
-            rows.append(row | measure(row, config, rounds, device))
-            write_atomically(path, lambda file: file.write(json.dumps(rows, indent=1).encode()))
+            rows.append(row | measure(row, config, rounds if s.row is None else 0, device))
             print(rows[-1], flush=True)
+            if s.row is None:
+                write_atomically(path, lambda file: file.write(json.dumps(rows, indent=1).encode()))
+    if s.row is not None:
+        return
     write_table(path.with_suffix(".md"), rows, about)
     draw(path.with_suffix(".png"), rows, target, about)
 

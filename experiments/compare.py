@@ -118,8 +118,8 @@ PRESETS = {
                         *tuple(ARMS)[20:]), 10, (8e-3, 16e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, r = 1.5"),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
-                  "--batch_size 16 --dropout 0.1", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"), 3, (1e-3,),
-                  (500, 1500)),
+                  "--batch_size 16 --dropout 0.1 --eval_iters 20", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"),
+                  3, (1e-3,), (400, 1200)),
 }
 
 
