@@ -220,29 +220,28 @@ def draw(path, rows, target, about):
         top = max([target, *(row["ratio"] for row in own)])
         axes.set(title=title, xlabel="T, tokens", ylabel="times a GPT's", ylim=(0, 1.1 * top))
         axes.legend(frameon=False)
-    figure.supxlabel(about[:about.index(".")], fontsize=9)
+    figure.supxlabel(about[about.index("on "):-1], fontsize=9)
     figure.savefig(path, dpi=120)
 
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
-    device, (plan, rounds, target) = choose_device("cuda" if s.preset == "gpu" else "cpu"), PRESETS[s.preset]
-    path = Path(s.results) / ("bench-gpu.json" if s.preset == "gpu" else "bench.json")
+    (plan, rounds, target), gpu = PRESETS[s.preset], s.preset == "gpu"
+    path = Path(s.results) / ("bench-gpu.json" if gpu else "bench.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text()) if path.exists() else []
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, float32, batch 1, not compiled"
-    if device.type == "cuda":
-        machine = f"{torch.cuda.get_device_name()}, bfloat16, compiled"
-    about = (f"Ratios of the shortest times of {rounds} rounds in turns, {machine}. PyTorch {torch.__version__}, "
-             f"Python {platform.python_version()}.")
     for number, row in enumerate(json.loads(json.dumps(plan))):
         if number == s.row or s.row is None and not any(row.items() <= done.items() for done in rows):
+            device = choose_device("cuda" if gpu else "cpu")
+            kind = f"{torch.cuda.get_device_name()}, bfloat16, compiled" if gpu else (
+                f"{platform.machine()}, {torch.get_num_threads()} threads, float32, batch 1, not compiled")
+            row["machine"] = f"{kind}, PyTorch {torch.__version__}, Python {platform.python_version()}"
             torch.manual_seed(0)
             torch._dynamo.reset()                                     # else shapes that changed were compiled as unknown
             room = row["T"] + (8 * rounds + 16) * (row["kind"] == "token")
             config = Config(block_size=room, **{name: row[name] for name in ("n_layer", "n_head", "n_embd", "budget")},
                             fork_layers=tuple(row["fork_layers"]))
-            half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+            half = torch.autocast(device.type, torch.bfloat16, enabled=gpu)
             measure = training_step if row["kind"] == "step" else half(cached_token)
             rows.append(row | measure(row, config, rounds if s.row is None else 0, device))
             print(rows[-1], flush=True)
@@ -250,6 +249,8 @@ def main(argv):
                 write_atomically(path, lambda file: file.write(json.dumps(rows, indent=1).encode()))
     if s.row is not None:
         return
+    machines = " and on ".join(sorted({row["machine"] for row in rows}))
+    about = f"Ratios of the shortest times of {rounds} rounds in turns, on {machines}."
     write_table(path.with_suffix(".md"), rows, about)
     draw(path.with_suffix(".png"), rows, target, about)
 
