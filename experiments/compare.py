@@ -78,8 +78,8 @@ ARMS = {
     "mixture, fading noise": Arm("--budget 1.5", (1.5, 4), rivals.FadingNoise),
     "mixture, random first": Arm("--budget 1.5", (1.5, 4), rivals.RandomFirst),
     "mixture, charge": Arm("--budget 1.5", (1.5, 4), rivals.Charged),
-    "mixture, sure": Arm("--budget 1.5", (1.5, 4), rivals.Sure),
-    "mixture, sure, charge": Arm("--budget 1.5", (1.5, 4), rivals.SureCharged),
+    "mixture, charge, sure": Arm("--budget 1.5", (1.5, 4), rivals.SureCharged),
+    "mixture, charge, sure, floor": Arm("--budget 1.5", (1.5, 4), rivals.Floor),
 }
 COLORS = {name: color for names, color in (
     ((GPT, "deeper GPT", "wider GPT"), "#000000"), (("copy-2", "copy-2, last"), "#e69f00"),
@@ -115,7 +115,7 @@ PRESETS = {
                    (2000, 5000, 10000, 20000, 40000)),
     "selection": Preset("--device cpu --dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 "
                         "--fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5",
-                        *tuple(ARMS)[20:]), 10, (8e-3, 16e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
+                        *tuple(ARMS)[20:]), 10, (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, r = 1.5"),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 16 --dropout 0.1 --eval_iters 20", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"),
@@ -422,7 +422,8 @@ def main(argv):
     trained = [job for job in done if job.seed == 0 and job.trained() and job.arm != GPT]
     found |= measure([job for job in done if job.arm == GPT][:1] + trained) if trained else {}
     machines = " and on ".join(sorted({run.get("machine", machine()) for run in runs}))
-    about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {p.seeds - 1} (Student's t); "
+    seeds = max((run["seed"] for run in runs), default=0)
+    about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {seeds} (Student's t); "
              f"differences are paired: same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; rates "
              f"{', '.join(f'{rate:g}' for rate in p.rates)}, the best with seed 0. FLOPs as PyTorch counts them, empty "
              "room in caches included; times as multiples of the plain GPT's, the shortest of five turns on one "

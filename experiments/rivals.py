@@ -435,22 +435,9 @@ class RandomFirst(Mixture):
     fork_layer = RandomFirstFork
 
 
-class SureFork(Fork):
-    """At the start a stream forks and stays with a probability near 1 (0.95), so that forks count from the first step
-    on, and are taught."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.score.register_forward_hook(lambda layer, read, score: score + 3.0)
-
-
-class Sure(Mixture):
-    fork_layer = SureFork
-
-
 class Charged(Mixture):
     """Training adds `charge` times the sum of the extras' P per token, in every block: what is of no use shall go."""
-    charge = 0.03
+    charge = 0.01
 
     def read(self, idx, targets, budget, cache, streams):
         streams = [] if streams is None else streams
@@ -461,5 +448,26 @@ class Charged(Mixture):
         return log_probs, loss
 
 
-class SureCharged(Sure, Charged):
-    pass
+class SureFork(Fork):
+    """At the start a stream forks and stays with a probability near 1 (0.95), so that forks count from the first step
+    on, and are taught."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score.register_forward_hook(lambda layer, read, score: score + 3.0)
+
+
+class SureCharged(Charged):
+    fork_layer = SureFork
+
+
+class FloorFork(SureFork):
+    """No extra is wanted whose P is below a floor: what counts for nothing must not take the room of what comes later."""
+    floor = 0.1
+
+    def select(self, logp, stays, s, budget, used):
+        return super().select(torch.where(logp < math.log(self.floor), PADDING, logp), stays, s, budget, used)
+
+
+class Floor(Charged):
+    fork_layer = FloorFork
