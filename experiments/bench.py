@@ -45,7 +45,6 @@ PRESETS = dict(cpu=(TRAIN + DECODE, 10, 1.6), gpu=(GPU, 10, 1.3),               
 class Settings:
     preset: str = knob("cpu", "cpu: a quarter of an hour; gpu: minutes; smoke: seconds", choices=PRESETS)
     results: str = knob("experiments/results", "where the rows, their table and its picture go")
-    row: int = knob(None, "compile this one, from 0, and measure none: several processes can, for a later call", "int")
 
 
 class GPT(nn.Module):
@@ -230,25 +229,22 @@ def main(argv):
     path = Path(s.results) / ("bench-gpu.json" if gpu else "bench.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text()) if path.exists() else []
-    for number, row in enumerate(json.loads(json.dumps(plan))):
-        if number == s.row or s.row is None and not any(row.items() <= done.items() for done in rows):
+    for row in json.loads(json.dumps(plan)):
+        if not any(row.items() <= done.items() for done in rows):
             device = choose_device("cuda" if gpu else "cpu")
             kind = f"{torch.cuda.get_device_name()}, bfloat16, compiled" if gpu else (
                 f"{platform.machine()}, {torch.get_num_threads()} threads, float32, batch 1, not compiled")
             row["machine"] = f"{kind}, PyTorch {torch.__version__}, Python {platform.python_version()}"
             torch.manual_seed(0)
-            torch._dynamo.reset()                                     # else shapes that changed were compiled as unknown
+            torch._dynamo.reset()                                     # else shapes that change are compiled as unknown
             room = row["T"] + (8 * rounds + 16) * (row["kind"] == "token")
             config = Config(block_size=room, **{name: row[name] for name in ("n_layer", "n_head", "n_embd", "budget")},
                             fork_layers=tuple(row["fork_layers"]))
             half = torch.autocast(device.type, torch.bfloat16, enabled=gpu)
             measure = training_step if row["kind"] == "step" else half(cached_token)
-            rows.append(row | measure(row, config, rounds if s.row is None else 0, device))
+            rows.append(row | measure(row, config, rounds, device))
+            write_atomically(path, lambda file: file.write(json.dumps(rows, indent=1).encode()))
             print(rows[-1], flush=True)
-            if s.row is None:
-                write_atomically(path, lambda file: file.write(json.dumps(rows, indent=1).encode()))
-    if s.row is not None:
-        return
     machines = " and on ".join(sorted({row["machine"] for row in rows}))
     about = f"Ratios of the shortest times of {rounds} rounds in turns, on {machines}."
     write_table(path.with_suffix(".md"), rows, about)

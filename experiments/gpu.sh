@@ -7,9 +7,7 @@ part=${1:-} out=${2:-}
 mkdir -p "$out"
 case $part in
     tests) timeout 580 python -m pytest tests/test_cuda.py -v -s > "$out/test_cuda.txt" 2>&1; tail -40 "$out/test_cuda.txt" ;;
-    bench) # First all rows are compiled, some at a time: the kernels stay on the disk.
-           seq 0 11 | timeout 240 xargs -P 6 -I{} python experiments/bench.py --preset gpu --row {} > "$out/compile.txt" 2>&1
-           timeout 340 python experiments/bench.py --preset gpu --results "$out" ;;
+    bench) timeout 590 python experiments/bench.py --preset gpu --results "$out" ;;
     plays) timeout 560 python experiments/compare.py --preset gpu --processes 4 --runs "$out/runs" --results "$out"
            python experiments/compare.py --preset gpu --train false --runs "$out/runs" --results "$out" ;;
     *) echo "gpu.sh: no part called $part; there are tests, bench and plays" >&2; exit 2 ;;

@@ -462,7 +462,7 @@ class SureCharged(Charged):
 
 
 class FloorFork(SureFork):
-    """No extra is wanted whose P is below a floor: what counts for nothing must not take the room of what comes later."""
+    """No extra is wanted whose P is below a floor: what counts for nothing takes no room from what comes later."""
     floor = 0.1
 
     def select(self, logp, stays, s, budget, used):

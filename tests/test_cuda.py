@@ -19,6 +19,15 @@ def exact_float32():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def agree(cpu, cuda, losses):
+    """Of the two models, the losses, and their gradients."""
+    assert abs(losses[0].item() - losses[1].item()) < 2e-4
+    for loss in losses:
+        loss.backward()
+    for (name, p), q in zip(cpu.named_parameters(), cuda.parameters()):
+        assert (p.grad - q.grad.cpu()).abs().max() < 2e-4 * max(1, p.grad.abs().max().item()), name
+
+
 @KINDS
 def test_logits_loss_and_gradients_equal_the_cpus(kind):
     for seed, budget in enumerate((1, 1.25, 2, 3, 4)):
@@ -26,11 +35,7 @@ def test_logits_loss_and_gradients_equal_the_cpus(kind):
         cuda, idx, targets = copy.deepcopy(cpu).cuda(), tokens(seed), tokens(seed + 1)
         assert (cpu(idx, budget=budget)[0] - cuda(idx.cuda(), budget=budget)[0].cpu()).abs().max() < 2e-4
         losses = cpu(idx, targets, budget=budget)[1], cuda(idx.cuda(), targets.cuda(), budget=budget)[1]
-        assert abs(losses[0].item() - losses[1].item()) < 2e-4
-        for loss in losses:
-            loss.backward()
-        for (name, p), q in zip(cpu.named_parameters(), cuda.parameters()):
-            assert (p.grad - q.grad.cpu()).abs().max() < 2e-4 * max(1, p.grad.abs().max().item()), name
+        agree(cpu, cuda, losses)
 
 
 def test_cached_decoding_equals_the_cpus_full_forward():
@@ -64,12 +69,7 @@ def test_bfloat16_with_the_flash_kernel_is_close_to_float32(kind, record_propert
 def test_a_compiled_training_step_equals_the_cpus(kind):
     cpu, idx, targets = random_model(0, kind), tokens(0), tokens(1)
     cuda = copy.deepcopy(cpu).cuda()
-    losses = cpu(idx, targets)[1], torch.compile(cuda, fullgraph=True)(idx.cuda(), targets.cuda())[1]
-    assert abs(losses[0].item() - losses[1].item()) < 2e-4
-    for loss in losses:
-        loss.backward()
-    for (name, p), q in zip(cpu.named_parameters(), cuda.parameters()):
-        assert (p.grad - q.grad.cpu()).abs().max() < 2e-4 * max(1, p.grad.abs().max().item()), name
+    agree(cpu, cuda, (cpu(idx, targets)[1], torch.compile(cuda, fullgraph=True)(idx.cuda(), targets.cuda())[1]))
 
 
 def test_decoding_with_cuda_graphs_equals_the_cpus_full_forward():
