@@ -68,7 +68,7 @@ ARMS = {
     "bubbles, elastic": Arm("--budget 1,1.5,2,4", (2, 1, 1.25, 1.5, 3, 4)),
     "the paper's model": Arm("--paper", (2,), PaperTinybubbles),
     "the authors' code": Arm("--paper", (2,), lambda config: PaperTinybubbles(config, merge="residual")),
-    "mixture, r = 2": Arm("", (2,), rivals.Mixture),
+    "taught mixture, r = 2": Arm("", (2, 1), rivals.Floor),
     "the paper's model, r = 1.5": Arm("--paper --budget 1.5", (1.5,), PaperTinybubbles),
     "by hand": Arm("--budget 1.5", (1.5,), rivals.Hand),
     "mixture by hand": Arm("--budget 1.5", (1.5,), rivals.HandMixture),
