@@ -116,7 +116,7 @@ PRESETS = {
     "selection": Preset("--device cpu --dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 "
                         "--fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5",
                         *tuple(ARMS)[20:]), 10, (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
-                        beside="mixture, r = 1.5"),
+                        beside="mixture, random"),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 16 --dropout 0.1 --eval_iters 20", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"),
                   3, (1e-3,), (400, 1200)),
@@ -322,6 +322,7 @@ def write_table(path, runs, found, marks, beside, about):
 def draw(path, runs, found, marks):
     """The paired difference to the plain GPT with its 95 % interval: with one mark, against the FLOPs of a generated
     token; with several, after each."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, LogLocator
     figure = Figure(figsize=(8, 5.5), layout="constrained", facecolor="white")
@@ -333,6 +334,7 @@ def draw(path, runs, found, marks):
         elif arm in found:
             own += [(flops / 1e6, *interval(less(runs, arm, GPT, marks[-1], budget)))
                     for budget, flops in found[arm]["flops"].items()]
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     for name, points in curves.items():
         x, y, half = np.array(sorted(points)).T.reshape(3, -1)
         style = dict(color=COLORS.get(name), marker=next(shapes), markersize=6, label=name)
@@ -419,8 +421,9 @@ def main(argv):
         train_all(s, jobs)
     done = [job for job in jobs if job.done()]
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
-    trained = [job for job in done if job.seed == 0 and job.trained() and job.arm != GPT]
-    found |= measure([job for job in done if job.arm == GPT][:1] + trained) if trained else {}
+    trained = {job.arm: job for job in reversed(done) if job.trained()}                # the first of each arm
+    if set(trained) - {GPT}:                                          # the GPT, which times are multiples of, is first
+        found |= measure([trained.pop(GPT, done[0]), *trained.values()])
     machines = " and on ".join(sorted({run.get("machine", machine()) for run in runs}))
     seeds = max((run["seed"] for run in runs), default=0)
     about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {seeds} (Student's t); "

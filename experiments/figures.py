@@ -219,27 +219,26 @@ def draw_budgets(found, axes):
 
 
 def placement(runs):
-    """Of each arm after each mark, from compare.py's runs on urns: how many streams a hard token has more than an easy
-    one, the mean P of its forks, and the nats by which hard tokens miss the least loss; means and half intervals."""
+    """Of each mixture and the plain GPT after each mark, from compare.py's runs on urns: how many streams a hard token
+    has more than an easy one, the sum of its P, and the nats by which it misses the least loss, with half intervals."""
     found = {}
-    for arm in dict.fromkeys(run["arm"] for run in runs):
+    for arm in dict.fromkeys(run["arm"] for run in runs if run["arm"] == GPT or "mixture" in run["arm"]):
         for step in runs[0]["grade"]:
             miss, streams, P = np.array([run["grade"][step] for run in runs if run["arm"] == arm]).swapaxes(0, 1)
-            forks = streams[:, 1] > 1                                 # a seed without them has no P
-            mean = interval((P[:, 1] - 1)[forks] / (streams[:, 1] - 1)[forks]) if forks.any() else (math.nan, math.nan)
-            found.setdefault(arm, {})[step] = interval(streams[:, 1] - streams[:, 0]), mean, interval(miss[:, 1])
+            found.setdefault(arm, {})[step] = [interval(values) for values in (
+                streams[:, 1] - streams[:, 0], P[:, 1], miss[:, 1])]
     return found
 
 
 def draw_placement(found, axes):
-    names = ("streams of a hard token less an easy one's", "mean P of a hard token's forks",
+    names = ("streams of a hard token less an easy one's", "sum of the P of a hard token's streams",
              "hard tokens' loss, nats above the least possible")
     for i, (panel, name) in enumerate(zip(axes, names)):
         for j, (arm, line) in enumerate(found.items()):
             mean, half = np.array([point[i] for point in line.values()]).T
-            steps, color = list(map(int, line)), plt.get_cmap("tab20")(j)
-            panel.plot(steps, mean, marker="o", color=color, label=arm)
-            panel.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15)
+            steps, color = list(map(int, line)), plt.get_cmap("tab10")(j)
+            panel.plot(steps, mean, marker="o", markersize=4, color=color, label=arm)
+            panel.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12)
         panel.set(xscale="log", xlabel="step", ylabel=name)
 
 

@@ -202,7 +202,7 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     Path("results/text.json").write_text(json.dumps(dict(runs=runs)))
     graded = lambda arm, seed, *grades: dict(arm=arm, seed=seed, grade=dict(zip("59", grades)))
     none, some = [[0.5, 2.0], [1, 1], [1, 1]], [[0.5, 1.5], [1.5, 3], [1.25, 2]]
-    runs = [graded(arm, seed, none, last) for arm, last in ((GPT, none), ("forks", some)) for seed in (0, 1)]
+    runs = [graded(arm, seed, none, last) for arm, last in ((GPT, none), ("a mixture", some)) for seed in (0, 1)]
     Path("results/selection.json").write_text(json.dumps(dict(runs=runs)))
     for name in ("entropy", "attention", "budgets", "placement"):
         figures.main(["--figure", name, "--results", "results", "--windows", "8", "--device", "cpu"])
@@ -211,4 +211,4 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     assert found["bubbles, r = 2"]["1"] == pytest.approx([0.1, 0.0], abs=1e-9)
     assert found["bubbles, r = 2"]["2"] == pytest.approx([-0.2, 12.7062 * 0.1], rel=1e-4)
     found = json.loads(Path("results/placement.json").read_text())["found"]
-    assert found[GPT]["9"][2] == [2.0, 0.0] and found["forks"]["9"] == [[1.5, 0.0], [0.5, 0.0], [1.5, 0.0]]
+    assert found[GPT]["9"][2] == [2.0, 0.0] and found["a mixture"]["9"] == [[1.5, 0.0], [2.0, 0.0], [1.5, 0.0]]
