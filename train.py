@@ -21,8 +21,7 @@ from tasks.text import make_data
 from tinybubbles import Config
 from tools.files import load_checkpoint, make_model, open_log, write_atomically
 from tools.pictures import draw_loss
-from tools.program import (choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse,
-                           wait_for_processes)
+from tools.program import choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse, wait_for_all
 
 FREE = ("max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device", "compile", "out_dir")
 LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
@@ -286,7 +285,7 @@ def main(argv):
     s, saved = resume(s, argv, description) if s.resume else (s, None)
     try:
         Trainer(s, saved).fit()
-        wait_for_processes()                                          # gloo may abort one that leaves first
+        wait_for_all()                                                # gloo may abort one that leaves first
     except OSError as error:                                          # a full disk, say, while log.csv is written
         refuse(f"{error.filename or s.out_dir} cannot be used ({error.strerror}); ckpt.pt is kept; then --resume")
     finally:

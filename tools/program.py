@@ -93,7 +93,7 @@ def join_processes(device):
     return rank, world, device
 
 
-def wait_for_processes():
+def wait_for_all():
     """Go on when all processes are here."""
     if dist.is_initialized():
         dist.barrier()
