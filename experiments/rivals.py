@@ -382,7 +382,8 @@ class RandomMixture(Mixture):
 
 
 class HandFork(Fork):
-    """Placed by hand: of the task urns, hard tokens fork all their streams, and nothing else does."""
+    """Placed by hand: of the task urns, hard tokens fork all their streams, and nothing else does. The budget has to
+    hold them."""
 
     def select(self, logp, stays, s, budget, used):
         wanted = self.hard.gather(1, s.tok.clamp(max=s.T - 1)) & (s.tok < s.T)       # (B, N)
