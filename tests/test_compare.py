@@ -44,10 +44,14 @@ def test_the_loss_is_that_of_the_saved_model(results):
     assert trainer.evaluate(2.0) == pytest.approx(job.done()["loss"]["10"]["2"], abs=1e-6)
 
 
-def test_a_second_call_makes_no_run_again(results, monkeypatch):
-    monkeypatch.setattr(compare, "train", lambda job: pytest.fail("a run was made again"))
+def test_a_second_call_makes_no_run_again_and_one_that_sums_up_makes_none(results, monkeypatch):
+    monkeypatch.setattr(compare, "train", lambda job: pytest.fail("a run was made"))
     compare.main(["--results", "again"])
     assert json.loads(Path("again/smoke.json").read_text())["runs"] == results["runs"]
+    Path("some").mkdir()
+    Path("some/smoke.json").write_text(json.dumps(dict(results, runs=results["runs"][:3])))
+    compare.main(["--results", "some", "--runs", "not-yet", "--train", "false"])
+    assert json.loads(Path("some/smoke.json").read_text())["runs"] == results["runs"][:3]
 
 
 def test_what_the_results_say_is_kept_where_no_run_is(results, monkeypatch):

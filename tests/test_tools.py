@@ -19,7 +19,6 @@ from experiments import bench, compare, figures
 from programs import ROOT, TINY, VERSE, Code, checkpoint, exits, printed, python, sampled
 from tasks import plays
 from tinybubbles import Config, Tinybubbles
-from tools import files
 from tools.program import read_flags
 
 
@@ -177,14 +176,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(fo
     flags = "--learning_rate 1e30 --grad_clip 0 --eval_interval 100 --max_iters 50".split()
     assert re.search(r"the loss at step \d+ is (nan|inf)", exits(capsys, train_here, *flags, code=1).err)
     assert Path("out/ckpt.pt").read_bytes() == before
-
-
-def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(folder, capsys):
-    path = folder / "kept"
-    path.write_text("old")
-    write = lambda file: file.write(b"half") and (_ for _ in ()).throw(OSError(28, "Full"))
-    assert "kept cannot be written (Full)" in exits(capsys, files.write_atomically, path, write).err
-    assert path.read_text() == "old" and not Path("kept.new").exists()
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
