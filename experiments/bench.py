@@ -218,7 +218,7 @@ def draw(path, rows, target, about):
         axes.xaxis.set_major_formatter("{x:g}")
         top = max([target, *(row["ratio"] for row in own)])
         axes.set(title=title, xlabel="T, tokens", ylabel="times a GPT's", ylim=(0, 1.1 * top))
-        axes.legend(frameon=False)
+        axes.legend(framealpha=1, edgecolor="none")
     figure.supxlabel(about[about.index("on "):-1], fontsize=9)
     figure.savefig(path, dpi=120)
 
