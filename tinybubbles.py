@@ -280,7 +280,11 @@ class Tinybubbles(nn.Module):
         (B, T, V), float32, of each next token; with targets (B, T), -1 = ignore, (None, loss), their mean loss in nats.
         streams: a list that receives (tok, logp) of each block, tok counted from the text's first token, -1 = padding.
         ValueError: a bad budget, or more than block_size or the cache can hold."""
-        return self.read(idx, targets, self.check(idx, budget, cache), cache, streams)
+        log_probs = self.read(idx, targets, self.check(idx, budget, cache), cache, streams)
+        if targets is None:
+            return log_probs, None
+        counted = targets != -1
+        return None, -(log_probs[..., 0] * counted).sum() / counted.sum().clamp(min=1)
 
     def check(self, idx, budget, cache):
         """Refuse what cannot be done, and claim the cache's room. Returns the budget."""
@@ -310,11 +314,7 @@ class Tinybubbles(nn.Module):
             x = block(x, s, cache)
             if streams is not None:
                 streams.append((torch.where(tok < T, s.t - 1, -1), logp))
-        log_probs = self.predict(x, s, targets)
-        if targets is None:
-            return log_probs, None
-        counted = targets != -1
-        return None, -(log_probs[..., 0] * counted).sum() / counted.sum().clamp(min=1)
+        return self.predict(x, s, targets)
 
     def predict(self, x, s, targets):
         """Merge (the authors' code): x_t = sum_j P_j x_j over the streams of token t; predict from that."""
@@ -350,7 +350,7 @@ class Tinybubbles(nn.Module):
                 cache.clear()
             budget = self.check(unread, budget, cache)
             read = read_one if cache and cache.length > unread.size(1) else self.read
-            log_probs = read(unread, None, budget, cache, None)[0][:, -1]  # (B, V)
+            log_probs = read(unread, None, budget, cache, None)[:, -1]  # (B, V)
             best, token = log_probs.topk(min(top_k or V, V) if temperature else 1)
             probs = ((best - best[:, :1]) / (temperature or 1)).softmax(-1)  # the likeliest at 0: no overflow
             unread = token.gather(1, torch.multinomial(probs, 1, generator=generator))  # (B, 1)

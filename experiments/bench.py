@@ -49,7 +49,6 @@ class Settings:
 
 class GPT(nn.Module):
     """A plain GPT of a Config's sizes. `counts` says how many positions each block computes: as many as bubbles do."""
-
     def __init__(self, config):
         super().__init__()
         self.config, D = config, config.n_embd

@@ -48,7 +48,7 @@ class Arm:
 
 
 GPT, PLAIN = "plain GPT", "--fork_layers none "
-ARMS = {
+ON_PLAYS = {
     GPT: Arm(PLAIN, (1,)),
     "deeper GPT": Arm(PLAIN + "--n_layer {deeper}", (1,)),
     "wider GPT": Arm(PLAIN + "--n_embd {wider}", (1,)),
@@ -70,6 +70,8 @@ ARMS = {
     "the authors' code": Arm("--paper", (2,), lambda config: PaperTinybubbles(config, merge="residual")),
     "mixture, r = 2": Arm("", (2, 1, 4), rivals.Mixture),
     "taught mixture, r = 2": Arm("", (2, 1), rivals.Floor),
+}
+ON_URNS = {
     "the paper's model, r = 1.5": Arm("--paper --budget 1.5", (1.5,), PaperTinybubbles),
     "by hand": Arm("--budget 1.5", (1.5,), rivals.Hand),
     "mixture by hand": Arm("--budget 1.5", (1.5,), rivals.HandMixture),
@@ -82,6 +84,7 @@ ARMS = {
     "mixture, charge, sure": Arm("--budget 1.5", (1.5, 4), rivals.SureCharged),
     "mixture, charge, sure, floor": Arm("--budget 1.5", (1.5, 4), rivals.Floor),
 }
+ARMS = ON_PLAYS | ON_URNS
 COLORS = {name: color for names, color in (
     ((GPT, "deeper GPT", "wider GPT"), "#000000"), (("copy-2", "copy-2, last"), "#e69f00"),
     (("pauses", "random pauses"), "#009e73"), (("recurrent depth",), "#cc79a7"),
@@ -110,13 +113,13 @@ PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
-    "text": Preset(SMALL, tuple(ARMS)[:21], 10, RATES, (2000,)),
+    "text": Preset(SMALL, tuple(ON_PLAYS), 10, RATES, (2000,)),
     "long": Preset("--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 --fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
-    "selection": Preset("--device cpu --dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 "
-                        "--fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5",
-                        *tuple(ARMS)[21:]), 10, (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
+    "selection": Preset("--device cpu --dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 --fork_layers "
+                        "0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5", *ON_URNS), 10,
+                        (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
     "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 16 --dropout 0.1 --eval_iters 20", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"),

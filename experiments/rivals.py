@@ -26,7 +26,6 @@ from tinybubbles import PADDING, Cache, Fork, PaperTinybubbles, Streams, Tinybub
 class Rival(Tinybubbles):
     """What rivals share: nothing is forked, every token has the same number of positions, and a cache has room for
     them. Each defines `read`, which Tinybubbles' forward and generate call."""
-
     def check(self, idx, budget, cache):
         """Refuse what cannot be done, and claim the cache's room. Returns n."""
         n = check_budget(self.config.budget if budget is None else budget)
@@ -65,13 +64,6 @@ class Rival(Tinybubbles):
             streams.append((s.t - 1, s.logp))
         return x
 
-    def result(self, log_probs, targets):
-        """What forward returns, from what log_probs returned."""
-        if targets is None:
-            return log_probs, None
-        counted = targets != -1
-        return None, -(log_probs[..., 0] * counted).sum() / counted.sum().clamp(min=1)
-
     def vector(self):
         """A learned vector (D), drawn as the embeddings are."""
         return nn.Parameter(torch.randn(self.config.n_embd) * math.sqrt(2 / (5 * self.config.n_embd)))
@@ -80,19 +72,17 @@ class Rival(Tinybubbles):
 class Copies(Rival):
     """Copy-n (a baseline of arXiv 2510.00219): each embedding n times, at rotary positions t - p/n; predicts from the
     sum of the copies, as bubbles do whose P are all 1."""
-
     def merge(self, x):
         return x.sum(2)
 
     def read(self, idx, targets, n, cache, streams):
         x = self.drop(self.wte(idx)).repeat_interleave(n, 1)                         # (B, N, D)
         x = self.run(x, self.positions(idx, n, cache), cache, streams)
-        return self.result(self.log_probs(self.merge(x.unflatten(1, (-1, n))), targets), targets)
+        return self.log_probs(self.merge(x.unflatten(1, (-1, n))), targets)
 
 
 class LastCopy(Copies):
     """The same, predicting from the rightmost copy alone."""
-
     def merge(self, x):
         return x[:, :, -1]
 
@@ -100,7 +90,6 @@ class LastCopy(Copies):
 class Pauses(Rival):
     """n - 1 pauses after every token (after arXiv 2310.02226, in a form for perplexity at a fixed cost): one learned
     embedding, at their token's rotary position; the last of them predicts."""
-
     def __init__(self, config):
         super().__init__(config)
         self.pause = self.vector()
@@ -109,7 +98,7 @@ class Pauses(Rival):
         x = self.wte(idx).unsqueeze(2)                                               # (B, T, 1, D)
         x = torch.cat((x, self.pause.expand(*idx.shape, n - 1, -1)), 2).flatten(1, 2)             # (B, N, D)
         x = self.run(self.drop(x), self.positions(idx, n, cache, own=True), cache, streams)
-        return self.result(self.log_probs(x[:, n - 1::n], targets), targets)
+        return self.log_probs(x[:, n - 1::n], targets)
 
 
 class RandomPauses(Pauses):
@@ -117,12 +106,26 @@ class RandomPauses(Pauses):
     places, then cut back to T elements; each has a rotary position of its own, and an element before a pause has no
     target. Otherwise n - 1 pauses follow the text: token t's prediction is read at the last of those put after tokens
     1..t, which no later token sees."""
+    def forward(self, idx, targets=None, *, budget=None, cache=None, streams=None):
+        if self.training and targets is not None:
+            idx, targets = self.insert(idx, targets)
+        return super().forward(idx, targets, budget=budget, cache=cache, streams=streams)
+
+    def insert(self, idx, targets):
+        """Pauses, as token -1, among the tokens: idx and targets (B, T)."""
+        B, T = idx.shape
+        number = round(0.1 * T)
+        slot = 1 + torch.rand(B, T + number - 1, device=idx.device).argsort(1)[:, :number]        # never the first
+        pause = torch.zeros(B, T + number, dtype=torch.bool, device=idx.device).scatter(1, slot, True)
+        tok = (~pause).cumsum(1) - 1                                                 # the last token so far
+        return (idx.gather(1, tok).masked_fill(pause, -1)[:, :T],
+                targets.gather(1, tok).masked_fill(pause.roll(-1, 1), -1)[:, :T])
 
     def read(self, idx, targets, n, cache, streams):
-        if self.training and targets is not None:
-            return self.train_step(idx, targets, streams)
-        cache, M, T = cache or self.room(idx, n), n - 1, idx.size(1)
-        x = self.run(self.wte(idx), self.positions(idx, 1, cache), cache, streams)   # (B, T, D)
+        M, T = 0 if self.training and targets is not None else n - 1, idx.size(1)
+        cache = cache or (self.room(idx, n) if M else None)
+        x = torch.where((idx < 0).unsqueeze(-1), self.pause, self.wte(idx.clamp(min=0)))
+        x = self.run(self.drop(x), self.positions(idx, 1, cache), cache, streams)    # (B, T, D)
         if M:
             s = self.positions(idx, M, cache, own=True)
             after = torch.arange(1, n, device=idx.device).repeat(T)                  # (N,)
@@ -132,24 +135,12 @@ class RandomPauses(Pauses):
             s.mask = torch.where(hidden, -math.inf, 0.0).to(s.mask)
             x = self.run(self.pause.repeat(len(idx), T * M, 1), s, cache)[:, M - 1::M]
             cache.held[0] -= T * M                                                   # forget the pauses
-        return self.result(self.log_probs(x, targets), targets)
-
-    def train_step(self, idx, targets, streams):
-        B, T = idx.shape
-        number = round(0.1 * T)
-        slot = 1 + torch.rand(B, T + number - 1, device=idx.device).argsort(1)[:, :number]        # never the first
-        pause = torch.zeros(B, T + number, dtype=torch.bool, device=idx.device).scatter(1, slot, True)
-        tok = (~pause).cumsum(1) - 1                                                 # the last token so far
-        targets = targets.gather(1, tok).masked_fill(pause.roll(-1, 1), -1)[:, :T]
-        x = torch.where(pause.unsqueeze(-1), self.pause, self.wte(idx.gather(1, tok)))[:, :T]
-        x = self.run(self.drop(x), self.positions(idx, 1, None), None, streams)
-        return self.result(self.log_probs(x, targets), targets)
+        return self.log_probs(x, targets)
 
 
 class Sandwich(nn.Module):
     """A block of recurrent depth (arXiv 2502.05171, section 3.2): x = norm(x + attn(norm(x))), the same with the MLP.
     Its matrices begin as the paper's, whose L counts the blocks that run."""
-
     def __init__(self, block, config, L):
         super().__init__()
         self.attn, self.mlp, self.drop = block.attn, block.mlp, block.drop
@@ -208,7 +199,7 @@ class RecurrentDepth(Rival):
             self.keep_latest(cache, where, j, torch.zeros_like(going))
         if streams is not None:
             streams.append((where.t - 1, where.logp))
-        return self.result(self.log_probs(self.coda(s, where, cache), targets), targets)
+        return self.log_probs(self.coda(s, where, cache), targets)
 
     def core(self, x, where, cache, i):
         """Iteration i, whose keys and values are apart from other iterations'."""
@@ -266,11 +257,11 @@ class PonderLM2(Rival):
             streams.append((s.t - 1, s.logp))
         if self.training and targets is not None:
             h, penalty = self.sweep(x, idx, n)
-            return None, self.result(self.head(h, targets), targets)[1] + penalty
+            return self.head(h, targets) - penalty                                   # the loss is their mean, negated
         cache = cache or self.room(idx, n)
         began = cache.length - idx.size(1) + 1
         h = torch.cat([self.read_token(part, began + t, n, cache) for t, part in enumerate(x.split(1, 1))], 1)
-        return self.result(self.head(h, targets), targets)
+        return self.head(h, targets)
 
     def sweep(self, emb, idx, n):
         """What predicts (B, T, D), and the loss's penalty."""
@@ -337,7 +328,6 @@ def scramble(h):
 class RandomFork(Fork):
     """Extras compete by chance: by a hash of a number drawn at the start, the token's place in the text and the
     candidate's place in its token; a token read from a cache draws the same again. Scores still give forks their P."""
-
     def __init__(self, config):
         super().__init__(config)
         self.register_buffer("salt", torch.randint(2**31, ()))
@@ -357,7 +347,6 @@ class RandomSelection(Tinybubbles):
 class NoAttenuation(Tinybubbles):
     """Blocks treat every stream as if P = 1: in attention's logits, its values, and the writes. Scores still choose,
     and weigh the merge."""
-
     def __init__(self, config):
         super().__init__(config)
         for block in self.blocks:
@@ -384,7 +373,6 @@ class RandomMixture(Mixture):
 class HandFork(Fork):
     """Placed by hand: of the task urns, hard tokens fork all their streams, and nothing else does. The budget has to
     hold them."""
-
     def select(self, logp, stays, s, budget, used):
         wanted = self.hard.gather(1, s.tok.clamp(max=s.T - 1)) & (s.tok < s.T)       # (B, N)
         return stays | wanted.repeat_interleave(2, 1)
@@ -427,7 +415,6 @@ class FadingNoise(Mixture):
 
 class RandomFirstFork(NoisyFork):
     """The noise drowns log P, then is gone: forks are placed at random until their P have been taught."""
-
     def noise(self, left):
         return 20.0 * (left > 0)
 
@@ -442,17 +429,16 @@ class Charged(Mixture):
 
     def read(self, idx, targets, budget, cache, streams):
         streams = [] if streams is None else streams
-        log_probs, loss = super().read(idx, targets, budget, cache, streams)
+        log_probs = super().read(idx, targets, budget, cache, streams)
         if self.training and targets is not None:
             extras = sum(logp.exp().sum() for tok, logp in streams) / idx.numel() - len(streams)
-            loss = loss + self.charge * extras
-        return log_probs, loss
+            log_probs = log_probs - self.charge * extras                             # the loss is their mean, negated
+        return log_probs
 
 
 class SureFork(Fork):
     """At the start a stream forks and stays with a probability near 1 (0.95), so that forks count from the first step
     on, and are taught."""
-
     def __init__(self, config):
         super().__init__(config)
         self.score.register_forward_hook(lambda layer, read, score: score + 3.0)

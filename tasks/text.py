@@ -39,7 +39,6 @@ def map_file(path, dtype):
 
 class PlainUnpickler(pickle.Unpickler):
     """Reads containers, strings and numbers; a pickle that names a class or a function is refused before it acts."""
-
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
@@ -96,7 +95,6 @@ def encode(prompt, vocabulary, vocab_size):
 
 class Text:
     """A text as tokens, in windows of block_size with the next tokens as targets: (B, T) each."""
-
     def __init__(self, s):
         self.s, self.T, (self.train, self.val) = s, s.block_size, load_data(s.dataset, s.block_size)
         folder = s.dataset != "shakespeare" and Path(s.dataset).is_dir()

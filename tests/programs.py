@@ -17,7 +17,6 @@ VERSE = "O for a Muse of fire, that would ascend\nThe brightest heaven of invent
 
 class Code:
     """Whoever unpickles one runs code, which leaves a file."""
-
     def __reduce__(self):
         return Path.touch, (Path("code-was-run"),)
 

@@ -92,7 +92,7 @@ def test_a_training_step_is_one_graph_whose_shapes_wait_for_no_data(kind):
 def test_every_step_of_decoding_is_the_same_one_graph():
     model, idx, graphs = random_model(2).eval(), tokens(2, T=24), []
     torch._dynamo.reset()
-    compiled = torch.compile(lambda idx, budget, cache: model.read(idx, None, budget, cache, None)[0], fullgraph=True,
+    compiled = torch.compile(lambda idx, budget, cache: model.read(idx, None, budget, cache, None), fullgraph=True,
                              backend=lambda graph, _: graphs.append(graph) or graph.forward)
     cache, full = Cache(), model(idx, budget=1.5)[0]
     with torch.no_grad():
