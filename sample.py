@@ -62,7 +62,7 @@ def write_sample(model, prompt, vocabulary, s, seed):
     device, text = model.wte.weight.device, decoder(vocabulary)
     idx = torch.tensor([prompt], device=device)
     write = lambda token: print(text(token), end="", flush=True)
-    for token in prompt * (not s.show_bubbles):
+    for token in [] if s.show_bubbles else prompt:
         write(token)
     idx = model.generate(idx, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, budget=s.budget,
                          generator=torch.Generator(device).manual_seed(seed), compile=s.compile,
@@ -90,7 +90,8 @@ def main(argv):
     print(f"{made} tokens, {made / seconds:.0f} tokens/s, {sum(streams) / len(streams):.2f} streams per token "
           f"at budget {s.budget or model.config.budget:g}, on {model.wte.weight.device}")
     if s.plot:
-        words = [(lambda text: text(token) + text(None))(decoder(vocabulary)) for token in samples[0][0]]
+        text = decoder(vocabulary)
+        words = [text(token) + text(None) for token in samples[0][0]]                # None: show what it holds back
         plot(s.plot, model, samples[0][0], words, s.budget)
 
 

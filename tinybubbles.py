@@ -13,7 +13,7 @@ learned from the language-modelling loss alone. Equation numbers are the paper's
 token      a position of the input
 stream     one residual vector; a token owns one or more, side by side
 original   the rightmost stream of a token; it always survives
-extra      what competes for the budget: a new fork, put left of its parent, or an old one that wants to stay
+extra      what competes for the budget: a new fork, left of its parent, which so sees it, or an old one that would stay
 budget r   streams per token: the first t tokens of a text own ceil(r t) at the most, whatever t
 P          how much a stream counts: 1 for originals, for a fork the product of the scores of its life
 
@@ -100,16 +100,16 @@ class Fork(nn.Module):
         # Score: how likely each stream is to fork, and to stay (eqs. 1-3), in float32.
         with torch.autocast(x.device.type, enabled=False):
             score = F.logsigmoid(self.score(self.ln(x))).clamp(min=MIN_SCORE)  # (B, N, 2)
-        stays = F.pad(s.original.unsqueeze(-1), (1, 0))  # (B, N, 2), an original, kept
+        safe = F.pad(s.original.unsqueeze(-1), (1, 0))  # (B, N, 2), an original, kept
         if not self.originals_fade:
-            score = score.masked_fill(stays, 0.0)
+            score = score.masked_fill(safe, 0.0)
 
         # Candidates: slot 2j is a fork of stream j, slot 2j + 1 the stream itself. Scores multiply along a life.
-        logp, stays = (s.logp.unsqueeze(-1) + score).flatten(1), stays.flatten(1)  # (B, M)
+        logp, safe = (s.logp.unsqueeze(-1) + score).flatten(1), safe.flatten(1)  # (B, M)
         x = torch.stack((x + self.embedding, x), 2).flatten(1, 2)  # (B, M, D)
 
         # Select: every original, some extras.
-        survives = self.select(logp.detach(), stays, s, budget, used)  # (B, M)
+        survives = self.select(logp.detach(), safe, s, budget, used)  # (B, M)
 
         # Gather: the survivors in their order, with padding on the right.
         size = survives.size(1)
@@ -122,21 +122,21 @@ class Fork(nn.Module):
         logp = logp.masked_fill(~survives, PADDING).gather(1, slot)
         return x.take_along_dim(slot.unsqueeze(-1), 1), tok, logp
 
-    def select(self, logp, stays, s, budget, used):
+    def select(self, logp, safe, s, budget, used):
         """Our rule: an extra is wanted if its logp (B, M) reaches the bar, and admitted while the budget lasts. Returns
-        the survivors (B, M). stays (B, M): originals."""
-        i = min(sum(b <= budget for b in self.budgets), len(self.budgets) - 1)  # the bar lies between i - 1 and i
+        the survivors (B, M). safe (B, M): originals."""
+        i = sum(b <= budget for b in self.budgets[:-1])  # the bar lies between i - 1 and i
         part = min(1.0, (budget - self.budgets[i - 1]) / (self.budgets[i] - self.budgets[i - 1]))
         bar = self.bar[i - 1].lerp(self.bar[i], part)
         if self.training:
-            best = logp.masked_fill(stays, PADDING).flatten().sort(descending=True).values
+            best = logp.masked_fill(safe, PADDING).flatten().sort(descending=True).values
             reached = best[min(max(1, round((budget - 1) * s.T * len(logp))), len(best)) - 1]
-            error = (reached - 1e-3).clamp(min=NO_BAR) - bar  # less: rounding must not decide
+            error = (reached - 1e-3).clamp(min=NO_BAR) - bar  # below: rounding must not decide
             self.error[i - 1] += (1 - part) * error
             self.error[i] += part * error
-        wanted = (logp >= bar) & ~stays
+        wanted = (logp >= bar) & ~safe
         allowed = (quota(budget, s.t) - s.t).maximum(used)  # (B, N)
-        return stays | admit(wanted, allowed.repeat_interleave(2, 1), used)
+        return safe | admit(wanted, allowed.repeat_interleave(2, 1), used)
 
 
 def start(layer, config, added=1):
@@ -146,14 +146,14 @@ def start(layer, config, added=1):
 
 
 class Streams:
-    """What blocks need to know of the streams between two fork layers. tok (B, N): the owner of each, never falling, T
-    for padding; logp (B, N): log P; first (B, 1): the number of token 0 in the text, from 1."""
+    """What blocks need to know of a stretch, the streams between two fork layers. tok (B, N): their owners, never
+    falling, T for padding; logp (B, N): log P; first (B, 1): the number of token 0 in the text, from 1."""
     def __init__(self, tok, logp, T, first, frequency, cache, stretch):
         self.tok, self.logp, self.T = tok, logp, T
         self.t = first + tok  # (B, N)
         self.original = tok != F.pad(tok[:, 1:], (0, 1), value=T)  # (B, N), the last of its token
         self.P = logp.exp().unsqueeze(-1)  # (B, N, 1)
-        # Positions (appendix D): of the q streams of token t, the p-th from the right stands at t - p/q.
+        # Positions (appendix D): of the q streams of token t, one with p to its right stands at t - p/q.
         left, right = (torch.searchsorted(self.t, self.t, right=end) for end in (False, True))
         p, q = right - torch.arange(1, tok.size(1) + 1, device=tok.device), right - left
         angle = (self.t - p / q).view(*tok.shape, 1, 1, 1) * frequency  # (B, N, 1, 1, d)
@@ -179,7 +179,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, s, cache):
         qkv = self.qkv(x).view(*x.shape[:2], 3, self.config.n_head, -1)  # (B, N, 3, H, d)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]
-        qk = (qk * s.cos + qk.roll(qk.size(-1) // 2, -1) * s.sin).type_as(v)  # RoPE; sin is negative in the first half
+        qk = (qk * s.cos + qk.roll(qk.size(-1) // 2, -1) * s.sin).type_as(v)  # RoPE; frequency < 0 in the first half
         if self.config.fork_layers:
             qk[..., -1] = s.channel
             v = (v * s.P.unsqueeze(-1)).type_as(v)
@@ -195,8 +195,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc = start(nn.Linear(config.n_embd, 4 * config.n_embd, bias=False), config)
-        self.proj = start(nn.Linear(4 * config.n_embd, config.n_embd, bias=False), config, 2 * config.n_layer)
+        D = config.n_embd
+        self.fc = start(nn.Linear(D, 4 * D, bias=False), config)
+        self.proj = start(nn.Linear(4 * D, D, bias=False), config, 2 * config.n_layer)
 
     def forward(self, x):
         return self.proj(F.gelu(self.fc(x), approximate="tanh"))
@@ -244,8 +245,8 @@ class Cache:
         self.held.zero_()
 
     def place(self, stretch, logp):
-        """The slots (B, N) of new streams, each row's next, and a mask (B, 1, N, S) that hides later ones. Padding is
-        last, and overwritten by what comes next."""
+        """Take slots (B, N), each row's next, for new streams; and a mask (B, 1, N, S) that hides later ones. Padding
+        is last, and overwritten by what comes next."""
         held, i = self.held[stretch], self.slots[stretch]
         slot = (held + i[:logp.size(1)]).clamp(max=len(i) - 1)
         held += (logp != PADDING).sum(1, keepdim=True)
@@ -302,14 +303,14 @@ class Tinybubbles(nn.Module):
         """The whole method. Without a cache, it is decoding into an empty one."""
         (B, T), stretch = idx.shape, 0
         held = idx.new_zeros(1 + len(self.forks), B, 1) if cache is None else cache.held
-        first = held[0] + 1  # (B, 1)
+        first, used = held[0] + 1, held - held[0]  # (B, 1), (1 + fork layers, B, 1)
         x = self.drop(self.wte(idx))  # (B, T, D)
         tok, logp = torch.arange(T, device=idx.device).repeat(B, 1), x.new_zeros(B, T)
         s = Streams(tok, logp, T, first, self.frequency, cache, stretch)
         for l, block in enumerate(self.blocks):
             if l in self.config.fork_layers:
                 stretch += 1
-                x, tok, logp = self.forks[str(l)](x, s, budget, held[stretch] + 1 - first, cache)
+                x, tok, logp = self.forks[str(l)](x, s, budget, used[stretch], cache)
                 s = Streams(tok, logp, T, first, self.frequency, cache, stretch)
             x = block(x, s, cache)
             if streams is not None:
@@ -317,7 +318,7 @@ class Tinybubbles(nn.Module):
         return self.predict(x, s, targets)
 
     def predict(self, x, s, targets):
-        """Merge (the authors' code): x_t = sum_j P_j x_j over the streams of token t; predict from that."""
+        """Merge (the authors' code): x_t = sum_j P_j x_j, (B, N, D) to (B, T, D); then log_probs."""
         return self.log_probs(s.sum_per_token(s.P * x), targets)
 
     def log_probs(self, x, targets):
@@ -364,10 +365,10 @@ class PaperFork(Fork):
     """Originals fade too, and the whole sequence's best survive (eqs. 4-5): a later token can evict an earlier fork."""
     originals_fade = True
 
-    def select(self, logp, stays, s, budget, used):
+    def select(self, logp, safe, s, budget, used):
         """The best ceil(r T) candidates, originals first; of equal ones the earlier."""
-        best = logp.masked_fill(stays, math.inf).sort(dim=1, descending=True, stable=True).indices
-        chosen = torch.zeros_like(stays).scatter(1, best[:, :quota(budget, s.T)], True)
+        best = logp.masked_fill(safe, math.inf).sort(dim=1, descending=True, stable=True).indices
+        chosen = torch.zeros_like(safe).scatter(1, best[:, :quota(budget, s.T)], True)
         return chosen & (logp > PADDING)
 
 

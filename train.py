@@ -93,7 +93,7 @@ class Trainer:
     """One run: what the Settings `s` say, built, trained and written to out_dir. saved: the checkpoint to go on from;
     make: makes the model of a Config and --paper. Every process of torchrun has a Trainer; the first one writes."""
     def __init__(self, s, saved=None, make=make_model):
-        self.s, self.out, self.stop, self.pending = s, Path(s.out_dir), False, []
+        self.s, self.out, self.stop, self.pending, self.start = s, Path(s.out_dir), False, [], 0
         self.rank, self.world, self.device = join_processes(choose_device(s.device))
         self.half = s.dtype == "bfloat16" or s.dtype == "auto" and self.device.type == "cuda"
         self.say = (lambda text: None) if self.rank else functools.partial(print, flush=True)
@@ -107,8 +107,7 @@ class Trainer:
         compiled = torch.compile(self.model) if s.compile else self.model
         self.parallel = DDP(compiled, broadcast_buffers=False) if self.world > 1 else compiled
         self.optimizer = make_optimizer(self.model, s, self.device)
-        self.batches, self.start = self.world * s.gradient_accumulation_steps, 0     # batches: per step
-        self.val_loss = self.best = math.inf
+        self.batches, self.val_loss, self.best = self.world * s.gradient_accumulation_steps, math.inf, math.inf
         if saved and saved["batches"] != self.batches:
             refuse(f"--resume needs {saved['batches']} batches per step as before, not {self.batches}: "
                    "processes times --gradient_accumulation_steps")
@@ -128,11 +127,11 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             return model(idx, targets, budget=budget, streams=streams)[1]
 
-    def mean(self, values):
-        """The mean of a tensor over the processes, which holds their sum from then on."""
+    def total(self, values):
+        """The sum of a tensor over the processes, which it holds from then on."""
         if self.world > 1:
             dist.all_reduce(values)
-        return values / self.world
+        return values
 
     def train_step(self, step):
         """One update. What it depends on: the weights, the seed, the step and each batch's number. Returns the loss of
@@ -152,8 +151,9 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         self.optimizer.step()
         for fork in self.model.forks.values():
-            self.mean(fork.error)
+            self.total(fork.error)
         self.model.update_bars(self.batches)
+        self.val_loss = math.inf                                      # of these weights it is not known
         return total, streams[-1][0]
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class Trainer:
         """Validation loss in nats per target, always over the same batches, shared out among the processes."""
         n, zero = self.s.eval_iters, torch.zeros((), device=self.device)
         losses = (self.loss(self.model, self.data.val_batch(i), budget) for i in range(self.rank, n, self.world))
-        return self.mean(sum(losses, zero)).item() * self.world / n
+        return self.total(sum(losses, zero)).item() / n
 
     def measure_bars(self, step):
         """Set the bars of the budgets that are not trained, by the same few batches in every process."""
@@ -199,7 +199,7 @@ class Trainer:
 
     def check_pending(self, step):
         """Refuse to go on if a loss since the last check is NaN or infinite. Returns them; waits for the device."""
-        losses = self.mean(torch.stack(self.pending)).tolist() if self.pending else []
+        losses = (self.total(torch.stack(self.pending)) / self.world).tolist() if self.pending else []
         self.pending.clear()
         return [check_finite(loss, at) for at, loss in enumerate(losses, step - len(losses))]
 
@@ -223,7 +223,7 @@ class Trainer:
         """Whether a signal asks to stop; several processes agree on it where they log."""
         if self.world == 1 or step % self.s.log_interval:
             return self.stop and self.world == 1
-        return self.mean(torch.tensor(float(self.stop), device=self.device)).item() > 0
+        return self.total(torch.tensor(float(self.stop), device=self.device)).item() > 0
 
     def fit(self):
         """Train for max_iters steps; the run always ends with an evaluation, a checkpoint and a sample."""
@@ -235,7 +235,7 @@ class Trainer:
             signal.signal(number, self.stop_soon)
         clock, clocked = time.perf_counter(), self.start
         for step in range(self.start, s.max_iters + 1):
-            if (step == s.max_iters or step > 0 and step % s.eval_interval == 0) and not step == self.start > 0:
+            if self.val_loss == math.inf and (step == s.max_iters or step > 0 and step % s.eval_interval == 0):
                 self.check_pending(step)
                 self.checkpoint(step)
                 clock, clocked = time.perf_counter(), step

@@ -203,7 +203,7 @@ def draw(path, rows, target, about):
     """The ratios against T of a training step and of a cached token, a line for each budget, width or batch."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
-    panels = ("step", "a training step", 1.05), ("token", "a cached token", target)
+    panels = ("step", "a training step at as many positions", 1.05), ("token", "a cached token", target)
     names = dict(budget="r = {:g}", n_embd="width {}", batch="batch {}")
     for axes, (kind, title, target) in zip(figure.subplots(1, 2), panels):
         own = [row for row in rows if row["kind"] == kind]

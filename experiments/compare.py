@@ -352,7 +352,7 @@ def draw(path, runs, found, marks):
     axes.xaxis.set_major_locator(FixedLocator(marks) if len(marks) > 1 else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
-    note = "95 % intervals"
+    note = "95 % intervals" if any(run["seed"] for run in runs) else "one seed"
     if len(marks) == 1:                                               # a bad arm must not flatten the others
         axes.set_yscale("symlog", linthresh=0.03, linscale=2)
         view, note = axes.get_ylim(), note + "; beyond ±0.03 the scale is logarithmic"
@@ -428,7 +428,7 @@ def main(argv):
     trained = {job.arm: job for job in reversed(done) if job.trained()}                # the first of each arm
     if set(trained) - {GPT}:                                          # the GPT, which times are multiples of, is first
         found |= measure([trained.pop(GPT, done[0]), *trained.values()])
-    machines = " and on ".join(sorted({run.get("machine", machine()) for run in runs}))
+    machines = " and on ".join(sorted({run["machine"] for run in runs}))
     seeds = max((run["seed"] for run in runs), default=0)
     about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {seeds} (Student's t); "
              f"differences are paired: same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; rates "

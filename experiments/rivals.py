@@ -332,12 +332,12 @@ class RandomFork(Fork):
         super().__init__(config)
         self.register_buffer("salt", torch.randint(2**31, ()))
 
-    def select(self, logp, stays, s, budget, used):
+    def select(self, logp, safe, s, budget, used):
         i = torch.arange(logp.size(1), device=logp.device)
         place = i - 2 * torch.searchsorted(s.tok, s.tok).repeat_interleave(2, 1)     # (B, M), of a candidate
         key = scramble(scramble(s.t.repeat_interleave(2, 1) + self.salt & 0xFFFFFFFF) + place)
         chance = ((key >> 8) + 1).float().div(2**24).log()                           # (B, M)
-        return super().select(torch.where(logp > PADDING, chance, logp), stays, s, budget, used)
+        return super().select(torch.where(logp > PADDING, chance, logp), safe, s, budget, used)
 
 
 class RandomSelection(Tinybubbles):
@@ -373,9 +373,9 @@ class RandomMixture(Mixture):
 class HandFork(Fork):
     """Placed by hand: of the task urns, hard tokens fork all their streams, and nothing else does. The budget has to
     hold them."""
-    def select(self, logp, stays, s, budget, used):
+    def select(self, logp, safe, s, budget, used):
         wanted = self.hard.gather(1, s.tok.clamp(max=s.T - 1)) & (s.tok < s.T)       # (B, N)
-        return stays | wanted.repeat_interleave(2, 1)
+        return safe | wanted.repeat_interleave(2, 1)
 
 
 class Hand(Tinybubbles):
@@ -402,11 +402,11 @@ class NoisyFork(Fork):
     def noise(self, left):
         return left.clamp(min=0)
 
-    def select(self, logp, stays, s, budget, used):
+    def select(self, logp, safe, s, budget, used):
         if torch.is_grad_enabled() and self.training:
             logp = logp - self.noise(1 - self.step / self.steps) * (-torch.rand_like(logp).log()).log()
             self.step += 1
-        return super().select(logp, stays, s, budget, used)
+        return super().select(logp, safe, s, budget, used)
 
 
 class FadingNoise(Mixture):
@@ -452,8 +452,8 @@ class FloorFork(SureFork):
     """No extra is wanted whose P is below a floor: what counts for nothing takes no room from what comes later."""
     floor = 0.1
 
-    def select(self, logp, stays, s, budget, used):
-        return super().select(torch.where(logp < math.log(self.floor), PADDING, logp), stays, s, budget, used)
+    def select(self, logp, safe, s, budget, used):
+        return super().select(torch.where(logp < math.log(self.floor), PADDING, logp), safe, s, budget, used)
 
 
 class Floor(Charged):

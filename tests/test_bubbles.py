@@ -50,8 +50,8 @@ def test_the_map_counts_every_stream_and_every_deletion(model, budget):
     """Against what each fork layer chose, kept and forked, read from the mask of its survivors."""
     idx, chosen = torch.randint(40, (1, 12)), {}
     for l, fork in model.forks.items():
-        def select(logp, stays, streams, *rest, fork=fork, l=int(l)):
-            survives = type(fork).select(fork, logp, stays, streams, *rest)
+        def select(logp, safe, streams, *rest, fork=fork, l=int(l)):
+            survives = type(fork).select(fork, logp, safe, streams, *rest)
             chosen[l] = streams.tok[0], survives[0, 0::2], survives[0, 1::2]
             return survives
         fork.select = select

@@ -82,6 +82,8 @@ def test_a_new_run_stopped_before_its_first_evaluation_leaves_no_older_best(monk
     monkeypatch.setattr(train.Trainer, "stopping", lambda self, step: step == 3)
     train_here("--seed", "1")
     assert checkpoint()["step"] == 3 and not Path("out/best.pt").exists()
+    train.main("--resume --max_iters 3 --device cpu".split())         # no step is left: it is evaluated all the same
+    assert 0 < checkpoint()["val_loss"] == checkpoint("out/best.pt")["val_loss"] < math.inf
 
 
 def test_the_first_step_whose_loss_is_not_finite_is_named(monkeypatch, capsys):
