@@ -332,7 +332,8 @@ def draw(path, runs, found, marks):
     figure = Figure(figsize=(8, 5.5), layout="constrained", facecolor="white")
     axes, curves, shapes = figure.subplots(), {}, iter("osD^v<>Ph*Xp" * 3)
     for arm in dict.fromkeys(run["arm"] for run in runs):
-        own, budget = curves.setdefault(ARMS[arm].curve or arm, []), f"{ARMS[arm].budgets[0]:g}"
+        curve = len(marks) == 1 and ARMS[arm].curve or arm
+        own, budget = curves.setdefault(curve, []), f"{ARMS[arm].budgets[0]:g}"
         if len(marks) > 1:
             own += [(mark, *interval(less(runs, arm, GPT, mark, budget))) for mark in marks]
         elif arm in found:
