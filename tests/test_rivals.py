@@ -171,23 +171,24 @@ def test_appended_pauses_follow_each_prefix_as_if_it_were_the_whole_text():
     agrees(model, idx, n, predictions(model, last))
 
 
-def test_random_pauses_in_training_are_a_gpt_over_tokens_and_pauses():
-    """Of the elements that the draw gives: a tenth are pauses, none first; no target is a pause, none is lost."""
+def test_random_pauses_in_training_are_read_like_tokens_and_never_a_target():
+    """A tenth of what is read are pauses, none first; no token is lost before the cut, nor its target."""
     model, T = make(rivals.RandomPauses).train(), 20
-    idx, targets, seen = tokens(0, B=64, T=T), tokens(1, B=64, T=T), []
-    model.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].detach()))
-    model.log_probs, found = lambda x, targets: found.append((x.detach(), targets)) or x.new_zeros(64, T, 1), []
-    streams = []
-    model(idx, targets, streams=streams)
-    x, targets_used, tok = seen[0], found[0][1], streams[0][0]
-    pause = (x == model.pause).all(-1)
+    idx, targets = tokens(0, B=64, T=T), tokens(1, B=64, T=T)
+    read, wanted = model.insert(idx, targets)
+    pause = read == -1
     assert not pause[:, 0].any() and 0.06 < pause.float().mean() < 0.12 and pause.sum(1).max() == 2
-    assert torch.equal(x[~pause], model.wte(idx.gather(1, (~pause).cumsum(1) - 1))[~pause])
+    assert torch.equal(read[~pause], idx.gather(1, (~pause).cumsum(1) - 1)[~pause])
     for row in range(64):
         for i in range(T - 1):
             at = int((~pause[row, :i + 1]).sum()) - 1
-            assert targets_used[row, i] == (-1 if pause[row, i + 1] else targets[row, at])
-    assert tok.shape == (64, T)
+            assert wanted[row, i] == (-1 if pause[row, i + 1] else targets[row, at])
+    model.insert, found = lambda *given: (read, wanted), model.read(read, wanted, 3, None, None)[..., 0]
+    assert model(idx, targets)[1].item() == pytest.approx(-found[wanted != -1].mean().item())
+    x = model.wte.weight.detach().double().numpy()[read[0]]
+    x[pause[0]] = model.pause.detach().double().numpy()
+    expected = predictions(model, twin(model, x, range(1, T + 1), causal(T)))
+    assert np.abs(found[0].detach().numpy() - expected[range(T), wanted[0].clamp(min=0)]).max() < 5e-5
 
 
 def test_recurrent_depth_is_its_definition():
