@@ -37,13 +37,14 @@ class Settings:
 def choose_checkpoint(s):
     """The path of the checkpoint to sample from."""
     best, last = Path(s.out_dir) / "best.pt", Path(s.out_dir) / "ckpt.pt"
-    return best if s.checkpoint == "best" and best.exists() else last
+    return best if s.checkpoint == "best" and os.path.exists(best) else last
 
 
 def read_prompt(prompt, vocabulary):
     """The prompt's bytes, or a refusal."""
     if prompt is None:
-        return b"\n" if vocabulary is None or "\n" in vocabulary else (vocabulary or "0")[0].encode()
+        known = vocabulary is None or "\n" in vocabulary
+        return b"\n" if known else next(filter(None, vocabulary), "0").encode()
     if prompt.startswith("FILE:"):
         try:
             data = Path(prompt[5:]).read_bytes()
@@ -76,8 +77,9 @@ def write_sample(model, prompt, vocabulary, s, seed):
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip())
-    if s.plot and not (Path(s.plot).suffix in (".png", ".pdf", ".svg") and Path(s.plot).parent.is_dir()):
-        refuse(f"--plot must be a .png, .pdf or .svg in a folder that is there, not {s.plot!r}")
+    if s.plot and not (Path(s.plot).suffix in (".png", ".pdf", ".svg") and os.access(Path(s.plot).parent, os.W_OK)
+                       and not os.path.isdir(s.plot)):
+        refuse(f"--plot must be a .png, .pdf or .svg in a folder that can be written to, not {s.plot!r}")
     checkpoint, model = load_checkpoint(choose_checkpoint(s), choose_device(s.device))
     vocabulary = checkpoint["vocabulary"]
     prompt = encode(read_prompt(s.prompt, vocabulary), vocabulary, model.config.vocab_size)

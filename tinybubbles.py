@@ -53,7 +53,7 @@ class Config:
         if sorted(self.fork_layers) != sorted(set(self.fork_layers) & set(range(self.n_layer))):
             raise ValueError(f"fork_layers must differ and be from 0 to {self.n_layer - 1}, not {self.fork_layers!r}")
         self.fork_layers, self.budget = tuple(sorted(self.fork_layers)), check_budget(self.budget)
-        self.bars = tuple(sorted({1.0, 2.0, self.budget, *map(check_budget, self.bars)}))
+        self.bars = tuple(sorted({1.0, 2.0**len(self.fork_layers), self.budget, *map(check_budget, self.bars)}))
 
 
 def check_budget(budget):
@@ -128,7 +128,7 @@ class Fork(nn.Module):
         i = sum(b <= budget for b in self.budgets[:-1])  # the bar lies between i - 1 and i
         part = min(1.0, (budget - self.budgets[i - 1]) / (self.budgets[i] - self.budgets[i - 1]))
         bar = self.bar[i - 1].lerp(self.bar[i], part)
-        if self.training:
+        if self.training and s.mask is None:
             best = logp.masked_fill(safe, PADDING).flatten().sort(descending=True).values
             reached = best[min(max(1, round((budget - 1) * s.T * len(logp))), len(best)) - 1]
             error = (reached - 1e-3).clamp(min=NO_BAR) - bar  # below: rounding must not decide
@@ -222,15 +222,15 @@ class Cache:
     later, so a step compiles to one graph."""
     def __init__(self):
         self.length = 0   # tokens seen
-        self.held = None  # (fork layers + 1, B, 1), behind each: streams that a row holds, which is its next free slot
-        self.slots = []   # the same: 0, 1, ..., S - 1; only padding takes the last one
+        self.held = None  # (stretches, B, 1): streams that a row holds, which is its next free slot
+        self.slots = []   # of each stretch: 0, 1, ..., S - 1; only padding takes the last one
         self.kv = {}      # of each block: keys and values (B, S, 2, H, d)
 
     def claim(self, config, idx, budget):
         """Claim room for the tokens idx (B, T), or refuse."""
         if self.held is None:
             self.budget, self.row = budget, torch.arange(len(idx), device=idx.device).unsqueeze(1)
-            most = [min(2**i, budget) * config.block_size for i in range(1 + len(config.fork_layers))]
+            most = [2**i + min(2**i, budget) * config.block_size for i in range(1 + len(config.fork_layers))]
             self.slots = [torch.arange(int(size) // 16 * 16 + 32, device=idx.device) for size in most]
             self.held = idx.new_zeros(len(most), len(idx), 1)
             torch._dynamo.mark_static_address(self.held)  # for CUDA graphs
@@ -288,10 +288,10 @@ class Tinybubbles(nn.Module):
         return None, -(log_probs[..., 0] * counted).sum() / counted.sum().clamp(min=1)
 
     def check(self, idx, budget, cache):
-        """Refuse what cannot be done, and claim the cache's room. Returns the budget."""
+        """Refuse what cannot be done; claim the cache's room. Returns the budget."""
         if cache is not None and not self.causal:
             raise ValueError("the paper's model cannot use a cache; take Tinybubbles")
-        budget = min(check_budget(self.config.budget if budget is None else budget), 2.0 ** len(self.forks))
+        budget = min(check_budget(self.config.budget if budget is None else budget), 2.0**len(self.forks))
         most = self.config.block_size - (cache.length if cache else 0)
         if idx.dim() != 2 or not 1 <= idx.size(1) <= most:
             raise ValueError(f"idx must be (B, T), T from 1 to {most} (block_size - cache.length), not {(*idx.shape,)}")
@@ -303,7 +303,7 @@ class Tinybubbles(nn.Module):
         """The whole method. Without a cache, it is decoding into an empty one."""
         (B, T), stretch = idx.shape, 0
         held = idx.new_zeros(1 + len(self.forks), B, 1) if cache is None else cache.held
-        first, used = held[0] + 1, held - held[0]  # (B, 1), (1 + fork layers, B, 1)
+        first, used = held[0] + 1, held - held[0]  # (B, 1), (stretches, B, 1)
         x = self.drop(self.wte(idx))  # (B, T, D)
         tok, logp = torch.arange(T, device=idx.device).repeat(B, 1), x.new_zeros(B, T)
         s = Streams(tok, logp, T, first, self.frequency, cache, stretch)
@@ -353,7 +353,7 @@ class Tinybubbles(nn.Module):
             read = read_one if cache and cache.length > unread.size(1) else self.read
             log_probs = read(unread, None, budget, cache, None)[:, -1]  # (B, V)
             best, token = log_probs.topk(min(top_k or V, V) if temperature else 1)
-            probs = ((best - best[:, :1]) / (temperature or 1)).softmax(-1)  # the likeliest at 0: no overflow
+            probs = ((best - best[:, :1]) / max(temperature, 1e-9)).softmax(-1)  # <= 0: no overflow
             unread = token.gather(1, torch.multinomial(probs, 1, generator=generator))  # (B, 1)
             idx = torch.cat((idx, unread), dim=1)
             if show:

@@ -7,6 +7,7 @@ interrupted and continued with --resume ends as one that was not, and any number
 import dataclasses
 import functools
 import math
+import shlex
 import signal
 import sys
 import time
@@ -21,7 +22,8 @@ from tasks.text import make_data
 from tinybubbles import Config
 from tools.files import load_checkpoint, make_model, open_log, write_atomically
 from tools.pictures import draw_loss
-from tools.program import choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse, wait_for_all
+from tools.program import (check_finite, choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse,
+                           wait_for_all)
 
 FREE = ("max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device", "compile", "out_dir")
 LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
@@ -106,16 +108,19 @@ class Trainer:
             torch._dynamo.config.recompile_limit = 100                # a graph for each budget that is trained
         compiled = torch.compile(self.model) if s.compile else self.model
         self.parallel = DDP(compiled, broadcast_buffers=False) if self.world > 1 else compiled
-        self.optimizer = make_optimizer(self.model, s, self.device)
+        self.optimizer = or_refuse(lambda: make_optimizer(self.model, s, self.device))
         self.batches, self.val_loss, self.best = self.world * s.gradient_accumulation_steps, math.inf, math.inf
         if saved and saved["batches"] != self.batches:
             refuse(f"--resume needs {saved['batches']} batches per step as before, not {self.batches}: "
                    "processes times --gradient_accumulation_steps")
+        if saved and saved["vocabulary"] != self.data.vocabulary:
+            refuse(f"--resume needs the vocabulary as before; put back the meta.pkl of {s.dataset}")
         if saved:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.start, self.val_loss, self.best = saved["step"], saved["val_loss"], saved["best_val_loss"]
-        self.log = None if self.rank else open_log(self.out / "log.csv", LOG_COLUMNS, self.start)
+        self.data.val_batch(0), self.data.train_batch(self.random(0))                # may refuse: before files change
+        self.log = None if self.rank else open_log(self.out / "log.csv", LOG_COLUMNS, self.start if saved else -1)
 
     def random(self, step, number=0, purpose=0):
         """A generator: of a step's batch and its dropout (purpose 0), its budget (1), the texts for bars (2)."""
@@ -244,7 +249,8 @@ class Trainer:
             if self.stopping(step):
                 self.check_pending(step)
                 self.save("ckpt.pt", step)
-                return self.say(f"stopped after {step} steps; to go on: python train.py --resume --out_dir {s.out_dir}")
+                return self.say(f"stopped after {step} steps; to go on: python train.py --resume --out_dir "
+                                + shlex.quote(s.out_dir))
             loss, tok = self.train_step(step)
             self.pending.append(loss)
             if (step + 1) % s.log_interval == 0:
@@ -258,19 +264,11 @@ class Trainer:
                  f"checkpoint: {self.out / 'ckpt.pt'}; the best: {self.out / 'best.pt'}, {self.best:.4f}")
 
 
-def check_finite(loss, step):
-    """Return the loss; if it is NaN or infinite, end the program with exit code 1."""
-    if not math.isfinite(loss):
-        print(f"the loss at step {step} is {loss}; ckpt.pt is kept; try a lower --learning_rate", file=sys.stderr)
-        raise SystemExit(1)
-    return loss
-
-
-def resume(s, argv, description):
+def resume(s, argv):
     """The settings and the checkpoint of the run that `s`, with --resume, goes on with; contradictions are refused."""
     path = Path(s.out_dir) / "ckpt.pt"
     saved, _ = load_checkpoint(path, "cpu", Settings)
-    s = read_flags(Settings, argv, description, saved["settings"] | dict(out_dir=s.out_dir))
+    s = read_flags(Settings, argv, "", saved["settings"] | dict(out_dir=s.out_dir))
     for name, before in saved["settings"].items():
         if name not in FREE and name != "resume" and getattr(s, name) != before:
             refuse(f"--{name} {getattr(s, name)} contradicts {path}, trained with {before}; leave it out")
@@ -280,9 +278,9 @@ def resume(s, argv, description):
 
 
 def main(argv):
-    description = __doc__.strip().splitlines()[0]
-    s = read_flags(Settings, argv, description)
-    s, saved = resume(s, argv, description) if s.resume else (s, None)
+    s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
+    s, saved = resume(s, argv) if s.resume else (s, None)
+    sys.stdout.reconfigure(errors="replace")                          # a sample may hold what it cannot show
     try:
         Trainer(s, saved).fit()
         wait_for_all()                                                # gloo may abort one that leaves first

@@ -3,7 +3,7 @@ How fast, beside a plain GPT: python experiments/bench.py        (--preset smoke
 
 A training step against a GPT of as many positions per block, and a cached token against a GPT with a preallocated
 cache. Both take turns in one run; a row holds the ratio of the shortest times, and the operations that PyTorch
-dispatches for a token. Rows go to bench.json as they are measured, and one that is there is not measured again.
+dispatches for a token. Rows go to a JSON file as they are measured, and one that is there is not measured again.
 
 The preset gpu compiles both, in bfloat16, a token as CUDA graphs. Its rows, in bench-gpu.json, also hold milliseconds,
 and what share training has of the rate at which the GPU multiplies two 8,192 x 8,192 matrices; and it prints where the
@@ -22,9 +22,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from tinybubbles import MLP, Cache, Config, Tinybubbles, quota, start  # noqa: E402
-from tools.files import write_atomically  # noqa: E402
+from tools.files import make_folder, write_atomically  # noqa: E402
 from tools.program import choose_device, knob, read_flags  # noqa: E402
 from train import measure_bars  # noqa: E402
 
@@ -44,7 +45,7 @@ PRESETS = dict(cpu=(TRAIN + DECODE, 10, 1.6), gpu=(GPU, 10, 1.3),               
 @dataclass
 class Settings:
     preset: str = knob("cpu", "cpu: a quarter of an hour; gpu: minutes; smoke: seconds", choices=PRESETS)
-    results: str = knob("experiments/results", "where the rows, their table and its picture go")
+    results: str = knob(str(ROOT / "experiments" / "results"), "where the rows, their table and its picture go")
 
 
 class GPT(nn.Module):
@@ -225,8 +226,8 @@ def draw(path, rows, target, about):
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     (plan, rounds, target), gpu = PRESETS[s.preset], s.preset == "gpu"
-    path = Path(s.results) / ("bench-gpu.json" if gpu else "bench.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(s.results) / f"bench{'' if s.preset == 'cpu' else '-' + s.preset}.json"
+    make_folder(path.parent, "--results")
     rows = json.loads(path.read_text()) if path.exists() else []
     for row in json.loads(json.dumps(plan)):
         if not any(row.items() <= done.items() for done in rows):

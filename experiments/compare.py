@@ -31,7 +31,7 @@ from experiments import rivals  # noqa: E402
 from experiments.bench import shortest  # noqa: E402
 from tasks.plays import shakespeare  # noqa: E402
 from tinybubbles import Cache, PaperTinybubbles, Tinybubbles  # noqa: E402
-from tools.files import write_atomically  # noqa: E402
+from tools.files import make_folder, write_atomically  # noqa: E402
 from tools.program import knob, read_flags  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import Trainer  # noqa: E402
@@ -413,8 +413,8 @@ def recall(s):
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     p, results = PRESETS[s.preset], Path(s.results)
-    for folder in (s.runs, s.results):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(s.runs), "--runs")
+    make_folder(results, "--results")
     shakespeare(Path("data") / "shakespeare.txt")                     # once, before several processes want it
     rates, found = recall(s)
     sweep = {arm: [Job(s.preset, arm, rate, 0, s.runs) for rate in p.rates] for arm in p.arms if arm not in rates}
@@ -436,8 +436,9 @@ def main(argv):
              f"{', '.join(f'{rate:g}' for rate in p.rates)}, the best with seed 0. FLOPs as PyTorch counts them, empty "
              "room in caches included; times as multiples of the plain GPT's, the shortest of five turns on one "
              f"thread. Trained on {machines}.")
-    whole = dict(about=about, missing=[f"{job.arm}, seed {job.seed}" for job in jobs if job not in done], runs=runs,
-                 measured=found)
+    missing = [arm for arm in p.arms if arm not in rates] + [f"{job.arm}, seed {job.seed}" for job in jobs if
+                                                             job not in done]
+    whole = dict(about=about, missing=missing, runs=runs, measured=found)
     write_atomically(results / f"{s.preset}.json", lambda file: file.write(json.dumps(whole, indent=1).encode()))
     write_table(results / f"{s.preset}.md", runs, found, p.marks, p.beside, about)
     draw(results / f"{s.preset}.png", runs, found, p.marks)

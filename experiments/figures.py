@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.compare import GPT, interval, less  # noqa: E402
 from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
-from tools.files import load_checkpoint  # noqa: E402
+from tools.files import load_checkpoint, make_folder  # noqa: E402
 from tools.pictures import count_streams  # noqa: E402
 from tools.program import choose_device, knob, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
@@ -272,6 +272,8 @@ def measure(s):
     data = Text(TrainSettings(**checkpoint["settings"] | dict(eval_iters=1, batch_size=s.windows)))
     idx, note = torch.from_numpy(data.val_batch(0)[0]).to(device), f"{s.windows} validation windows, 95 % intervals"
     note = f"one checkpoint at a budget of {s.budget:g}; {note} over windows"
+    if not model.config.fork_layers:
+        refuse(f"--out_dir {s.out_dir} holds a model without fork layers; name one with forks")
     if s.figure == "attention":
         return attention(model.eval(), idx, s.budget), note
     return entropy(model.eval(), load(s.gpt_dir)[1].eval(), idx, s.budget), note
@@ -280,7 +282,7 @@ def measure(s):
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     path = Path(s.results) / f"{s.figure}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "--results")
     if s.figure == "method":
         draw_method(path)
     else:

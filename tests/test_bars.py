@@ -41,6 +41,18 @@ def test_bars_follow_the_score_that_r_less_one_extras_per_token_reach():
     assert (fork.error == 0).all()                                                  # only training measures
 
 
+def test_a_budget_beyond_all_forks_spends_them_all_whatever_other_bars_are():
+    model, idx, streams = random_model(0, fork_layers=(0, 1, 2, 3), budget=20.0), tokens(0, B=4, T=24), []
+    for fork in model.forks.values():
+        fork.bar.fill_(NO_BAR)
+    for _ in range(40):
+        model.train()(idx)
+        model.update_bars()
+    measure_bars(model.eval(), [idx], [8.0])
+    model(idx, streams=streams)
+    assert streams[-1][0].size(1) == 16 * 24 and (streams[-1][0] >= 0).all()
+
+
 def train_to_recall(fork_layers, budgets, steps=200):
     """A model trained on 8 random symbols, four times over, with the budgets in turn; and a maker of such texts."""
     torch.manual_seed(0)
@@ -89,15 +101,16 @@ def test_a_training_step_is_one_graph_whose_shapes_wait_for_no_data(kind):
     assert step(idx).item() == pytest.approx(model(idx, idx, budget=1.5)[1].item(), abs=1e-6)
 
 
-def test_every_step_of_decoding_is_the_same_one_graph():
-    model, idx, graphs = random_model(2).eval(), tokens(2, T=24), []
+@pytest.mark.parametrize("forks, T", [((1, 2), 24), (range(6), 8)], ids=["two forks", "more forks than tokens"])
+def test_every_step_of_decoding_is_the_same_one_graph(forks, T):
+    model, idx, graphs = random_model(2, n_layer=6, fork_layers=forks, block_size=T).eval(), tokens(2, T=T), []
     torch._dynamo.reset()
     compiled = torch.compile(lambda idx, budget, cache: model.read(idx, None, budget, cache, None), fullgraph=True,
                              backend=lambda graph, _: graphs.append(graph) or graph.forward)
     cache, full = Cache(), model(idx, budget=1.5)[0]
     with torch.no_grad():
         model(idx[:, :3], cache=cache, budget=1.5)
-        for t in range(3, 24):
+        for t in range(3, T):
             logits = compiled(idx[:, t:t + 1], model.check(idx[:, t:t + 1], 1.5, cache), cache)
             assert (logits - full[:, t:t + 1]).abs().max() < 2e-5
     assert len(graphs) == 1

@@ -30,11 +30,11 @@ def test_the_rival_is_a_textbook_gpt_with_or_without_its_cache():
 def test_rows_are_measured_once_and_a_table_is_written(tmp_path, capsys):
     flags = ["--preset", "smoke", "--results", str(tmp_path)]
     bench.main(flags)
-    rows = json.loads((tmp_path / "bench.json").read_text())
+    rows = json.loads((tmp_path / "bench-smoke.json").read_text())
     assert [row["kind"] for row in rows] == ["step", "token"] and all(row["ratio"] > 0 for row in rows)
     assert rows[1]["operations"] > rows[1]["gpt_operations"] > 50
     bench.main(flags)
-    assert json.loads((tmp_path / "bench.json").read_text()) == rows
-    assert (tmp_path / "bench.md").read_text().count("\n| ") == 2
-    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "bench-smoke.json").read_text()) == rows
+    assert (tmp_path / "bench-smoke.md").read_text().count("\n| ") == 2
+    assert (tmp_path / "bench-smoke.png").stat().st_size > 10_000
     assert "--preset" in exits(capsys, bench.main, ["--preset", "none"]).err

@@ -136,9 +136,15 @@ def test_the_map_is_drawn_and_a_bad_path_is_refused_before_anything_is_done(fold
     for name in ("bubbles.png", "bubbles.svg"):
         sample.main(["--plot", name, "--max_new_tokens", "100", "--prompt", "$x$ \u2014 O\n"])
         assert Path(name).stat().st_size > 5000
-    for bad in ("bubbles.doc", "no/such/folder.png"):
+    Path("folder.png").mkdir()
+    for bad in ("bubbles.doc", "no/such/folder.png", "folder.png"):
         out, err = exits(capsys, sample.main, ["--plot", bad])
         assert out == "" and repr(bad) in err and len(err.splitlines()) == 1
+
+
+def test_a_word_of_mathematics_is_drawn_as_it_is(model, folder):
+    pictures.plot("words.png", model, [1, 2, 3], ["$x_$", "$$", "a"], 2.0)
+    assert Path("words.png").stat().st_size > 5000
 
 
 def test_the_picture_of_the_method_is_drawn_from_what_fork_layers_do(folder):
@@ -196,6 +202,7 @@ def test_entropy_is_set_against_streams(model):
 def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     said = exits(capsys, figures.main, ["--figure", "budgets", "--results", "results"]).err
     assert "compare.py --preset text" in said
+    assert "out-gpt holds" in exits(capsys, figures.main, ["--figure", "attention", "--out_dir", "out-gpt"]).err
     run = lambda arm, seed, loss: dict(arm=arm, seed=seed, loss={"9": loss})
     runs = [run(GPT, 0, {"1": 1.0}), run(GPT, 1, {"1": 2.0}), run("bubbles, r = 2", 0, {"2": 0.9, "1": 1.1}),
             run("bubbles, r = 2", 1, {"2": 1.7, "1": 2.1}), run("bubbles, elastic", 0, {"2": 0.5})]

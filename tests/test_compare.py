@@ -51,7 +51,9 @@ def test_a_second_call_makes_no_run_again_and_one_that_sums_up_makes_none(result
     Path("some").mkdir()
     Path("some/smoke.json").write_text(json.dumps(dict(results, runs=results["runs"][:3])))
     compare.main(["--results", "some", "--runs", "not-yet", "--train", "false"])
-    assert json.loads(Path("some/smoke.json").read_text())["runs"] == results["runs"][:3]
+    some = json.loads(Path("some/smoke.json").read_text())
+    assert some["runs"] == results["runs"][:3]
+    assert some["missing"] == ["bubbles, r = 2", "the paper's model", "copy-2, seed 1"]
 
 
 def test_what_the_results_say_is_kept_where_no_run_is(results, monkeypatch):

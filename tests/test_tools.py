@@ -237,6 +237,7 @@ BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", 
              "--lr_decay_iters 0", "--batch_size", "--gradient_accumulation_steps 0", "--vocab_size 0",
              "--vocab_size 300", "--resume maybe", "--resume --out_dir nowhere", "--resume --out_dir random",
              "--resume --out_dir cut", "--resume --n_layer 9", "--resume --dataset short", "--resume --max_iters 3",
+             "--beta1 1", "--device meta", "--dataset urns --block_size 4", "--dataset urns --vocab_size 5",
              "--grad_clip -1", "--log_interval 0", "--compile 2", "--warmup_iters -1", "--out_dir empty/below"]
 BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
               "--max_new_tokens -5", "--out_dir nowhere", "--out_dir random", "--out_dir cut", "--out_dir code",

@@ -152,6 +152,12 @@ def test_a_finished_run_goes_on_when_max_iters_is_raised_and_contradictions_are_
     assert "steps:      30" in capsys.readouterr().out
 
 
+def test_a_run_of_no_steps_is_logged_and_goes_on():
+    train_here("--max_iters", "0")
+    train.main("--resume --max_iters 1 --device cpu".split())
+    assert [line.split(",")[0] for line in Path("out/log.csv").read_text().splitlines()] == ["step", "0", "1"]
+
+
 def test_the_best_checkpoint_is_kept_and_sampled_unless_the_last_is_asked_for(monkeypatch, capsys):
     losses = iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(train.Trainer, "evaluate", lambda self, budget: next(losses))
@@ -198,7 +204,8 @@ def test_a_damaged_checkpoint_is_refused_or_as_good_as_whole(capsys):
 
 # -- several processes -----------------------------------------------------------------------------------------------
 
-def test_two_processes_train_as_one_with_twice_the_batches():
+def test_two_processes_train_as_one_with_twice_the_batches(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")                   # which the samples are not
     train_here("--gradient_accumulation_steps", "2", "--out_dir", "one")
     python(*"-m torch.distributed.run --standalone --nproc_per_node 2".split(), ROOT / "train.py", *FLAGS,
            "--out_dir", "two", check=True)
@@ -277,6 +284,19 @@ def test_a_folder_of_nanogpts_trains_and_is_sampled_in_its_own_characters(capsys
     Path("latin").write_bytes(b"\xe9")
     for prompt, word in (("Zz", "'Z'"), ("FILE:latin", "UTF-8")):
         assert word in exits(capsys, sample.main, ["--prompt", prompt, "--device", "cpu"]).err
+
+
+def test_a_run_that_cannot_start_on_a_folder_leaves_an_older_one_as_it_is(capsys):
+    make_folder()
+    train_here("--dataset", "mine", "--max_iters", "2")
+    files = {p: p.read_bytes() for p in Path("out").iterdir()}
+    assert "--vocab_size must be above" in exits(capsys, train_here, "--dataset", "mine", "--vocab_size", "10").err
+    meta = pickle.loads(Path("mine/meta.pkl").read_bytes())
+    for last in (0, 1):                                               # words in another order; one more
+        itos = dict(enumerate([*reversed(meta["itos"].values()), *"\u2020" * last]))
+        Path("mine/meta.pkl").write_bytes(pickle.dumps(dict(itos=itos)))
+        assert "vocabulary" in exits(capsys, train.main, "--resume --max_iters 4 --device cpu".split()).err
+    assert files == {p: p.read_bytes() for p in Path("out").iterdir()}
 
 
 def test_tokens_without_names_are_shown_and_prompted_as_numbers(capsys):

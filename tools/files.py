@@ -37,7 +37,7 @@ def make_model(config, paper):
 def load_checkpoint(path, device, settings_class=None):
     """A checkpoint that train.py wrote, a dict, and its model; or a refusal, also if its settings are not those of
     `settings_class`. No code inside the file is run."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         refuse(f"there is no checkpoint {path}; run train.py first, or name its folder with --out_dir")
     try:
         with zipfile.ZipFile(path) as file:
@@ -57,13 +57,18 @@ def load_checkpoint(path, device, settings_class=None):
     return checkpoint, model
 
 
+def make_folder(path, flag):
+    """Make the folder that a flag names, if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"{flag} {str(path)!r} cannot be written to ({error.strerror}); name another folder")
+
+
 def open_log(path, columns, start):
     """A csv.DictWriter at the end of `path`, of whose rows the whole ones of steps up to `start` are kept."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"--out_dir {str(path.parent)!r} cannot be written to ({error.strerror}); name another folder")
-    text = path.read_text("utf-8", errors="replace") if start and path.exists() else ""
+    make_folder(path.parent, "--out_dir")
+    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
     rows = [line.split(",") for line in text.splitlines()]
     rows = [row for row in rows if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= start]
     kept = "".join(",".join(row) + "\n" for row in [columns, *rows])

@@ -102,8 +102,9 @@ def draw_bubbles(counts, deleted, words, path, title):
 def plot(path, model, tokens, words, budget):
     """Draw the bubbles of the first MOST of a text's tokens, which read as these words: two lists."""
     counts, deleted = read_bubbles(model, torch.tensor([tokens[:MOST]], device=model.wte.weight.device), budget)
-    marks = {"\n": "\u21b5", "\t": "\u21e5", "$": r"\$"}
+    marks = {"\n": "\u21b5", "\t": "\u21e5"}
     words = [marks.get(word, word.strip()) if word.isprintable() or word in marks else "\ufffd" for word in words]
+    words = [word.replace("$", r"\$") for word in words]                           # no mathematics
     title = (f"Streams of each token in each block at a budget of {budget or model.config.budget:g}, "
              f"{counts[-1].float().mean():.2f} in the last block")
     draw_bubbles(counts, deleted, words[:MOST], path, title + f" (the first {MOST} tokens)" * (len(tokens) > MOST))

@@ -19,6 +19,14 @@ def refuse(message):
     raise SystemExit(2)
 
 
+def check_finite(loss, step):
+    """Return the loss; if it is NaN or infinite, end the program with exit code 1."""
+    if not math.isfinite(loss):
+        print(f"the loss at step {step} is {loss}; ckpt.pt is kept; try a lower --learning_rate", file=sys.stderr)
+        raise SystemExit(1)
+    return loss
+
+
 def or_refuse(make):
     """What `make` returns; its ValueError, one sentence, is a refusal."""
     try:
@@ -77,8 +85,10 @@ def choose_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
+        zero = torch.zeros(1, device=name)
+        zero.item()                                                   # of meta there is none
+        return zero.device
+    except Exception:                                                 # each kind of device has its own
         refuse(f"--device {name} is not on this machine; try --device cpu")
 
 
