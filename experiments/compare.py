@@ -209,14 +209,12 @@ def losses(trainer, arm, step):
 
 
 def true_path_loss(trainer, budget):
-    """Each token predicted by a forward pass of its own, as the paper's model generates."""
+    """Each token predicted as the model generates it."""
     total, n = 0.0, trainer.s.eval_iters
     for i in range(n):
-        idx, targets = trainer.data.val_batch(i)
-        for t in range(1, trainer.data.T + 1):
-            last = np.where(np.arange(t) == t - 1, targets[:, :t], -1)
-            total += trainer.loss(trainer.model, (idx[:, :t], last), budget).item()
-    return total / n / trainer.data.T
+        idx, targets = (torch.from_numpy(tokens).to(trainer.device) for tokens in trainer.data.val_batch(i))
+        total -= decode(trainer.model, idx, budget).gather(-1, targets.unsqueeze(-1)).mean().item()
+    return total / n
 
 
 # -- FLOPs and clocks of trained models -------------------------------------------------------------------------------
