@@ -70,8 +70,8 @@ def quota(budget, t):
 
 
 def admit(wanted, allowed, used):
-    """First come, first served: which of the wanted extras (B, M) are admitted, where a row holds used (B, 1) already
-    and may hold allowed (B, M), which never falls, up to each slot. All at once, this is, of each row:
+    """First come, first served: which of the wanted extras (B, M) are admitted, where a row holds used (B, 1)
+    and may hold allowed (B, M), which never falls, up to each slot. All at once, of each row:
         for i in range(M):
             before, used = used, min(used + wanted[i], allowed[i])
             admitted[i] = used > before"""
@@ -263,6 +263,7 @@ class Cache:
 
 
 class Tinybubbles(nn.Module):
+    """A GPT that forks before some of its blocks."""
     fork_layer, causal = Fork, True
 
     def __init__(self, config):
@@ -373,8 +374,8 @@ class PaperFork(Fork):
 
 
 class PaperTinybubbles(Tinybubbles):
-    """The paper's model, as its differences from ours, or with merge="residual" the authors' code. No cache is valid:
-    it generates by reading the whole text for each token."""
+    """The paper's model, or with merge="residual" the authors' code. No cache is valid: it generates by reading the
+    whole text for each token."""
     fork_layer, causal = PaperFork, False
 
     def __init__(self, config, merge="probability"):
