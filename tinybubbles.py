@@ -263,7 +263,7 @@ class Cache:
 
 
 class Tinybubbles(nn.Module):
-    """A GPT that forks before some of its blocks."""
+    """A GPT that forks before some blocks."""
     fork_layer, causal = Fork, True
 
     def __init__(self, config):
