@@ -44,7 +44,7 @@ PRESETS = dict(cpu=(TRAIN + DECODE, 10, 1.6), gpu=(GPU, 10, 1.3),               
 
 @dataclass
 class Settings:
-    preset: str = knob("cpu", "cpu: a quarter of an hour; gpu: minutes; smoke: seconds", choices=PRESETS)
+    preset: str = knob("cpu", "cpu, gpu: minutes; smoke: seconds", choices=PRESETS)
     results: str = knob(str(ROOT / "experiments" / "results"), "where the rows, their table and its picture go")
 
 
