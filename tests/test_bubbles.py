@@ -1,6 +1,9 @@
 """Seeing bubbles: sample.py's shading and map, and the figures: `python -m pytest tests/test_bubbles.py`."""
 import json
+import os
+import pty
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import sample
 import train
 from experiments import figures
 from experiments.compare import GPT
-from programs import VERSE, exits, printed
+from programs import ROOT, VERSE, exits, printed
 from tinybubbles import Config, Tinybubbles
 from tools import files, pictures
 
@@ -71,6 +74,22 @@ def test_past_the_context_half_of_it_is_read_again(model):
     assert torch.equal(counts, torch.cat([parts[0], *(part[:, 6:] for part in parts[1:])], dim=1))
 
 
+def on_a_terminal(command):
+    """What a command writes to a terminal of its own."""
+    main, side = pty.openpty()
+    done = subprocess.Popen(command, stdout=side, env={**os.environ, "TERM": "xterm", "NO_COLOR": ""})
+    os.close(side)
+    out = b""
+    while True:
+        try:
+            out += os.read(main, 4096)
+        except OSError:                                               # the command has ended
+            break
+    os.close(main)
+    assert done.wait() == 0
+    return out.decode().replace("\r\n", "\n")
+
+
 def unshade(text):
     """A text without colours, and for each character the code of its colour, "" without one."""
     _, *parts = re.split(r"\x1b\[([\d;]*)m", "\33[0m" + text)         # a code and what it colours, in turns
@@ -78,15 +97,10 @@ def unshade(text):
     return "".join(char for char, _ in pairs), [code for _, code in pairs]
 
 
-@pytest.fixture
-def terminal(capsys, monkeypatch):
-    """A terminal that wants colours."""
+def test_colours_are_for_terminals_that_want_them(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", type("Terminal", (), dict(isatty=lambda self: True))())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
-
-
-def test_colours_are_for_terminals_that_want_them(terminal, monkeypatch):
     assert pictures.shade("a", 2).startswith("\33[") and pictures.shade("a", 1) == "a"
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as patch:
@@ -94,11 +108,10 @@ def test_colours_are_for_terminals_that_want_them(terminal, monkeypatch):
             assert pictures.shade("a", 2) == "a"
 
 
-def test_characters_are_shaded_by_their_streams_on_a_terminal_only(folder, terminal, capsys, monkeypatch):
+def test_characters_are_shaded_by_their_streams_on_a_terminal_only(folder, capsys):
     """The shade of every character, given or generated, is that of its streams when the whole text is read."""
     flags = ["--prompt", "The br", "--max_new_tokens", "9", "--temperature", "0", "--show_bubbles"]
-    shaded, codes = unshade(printed(capsys, sample, *flags))
-    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: False)
+    shaded, codes = unshade(on_a_terminal([sys.executable, str(ROOT / "sample.py"), *flags]))
     plain, without = printed(capsys, sample, *flags), printed(capsys, sample, *flags[:-1])
     assert "\33" not in plain
     assert [text.split("\nstreams:")[0] for text in (shaded, plain)] == [without.split("\n" + "-" * 80)[0]] * 2

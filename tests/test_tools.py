@@ -170,6 +170,14 @@ def test_every_parameter_is_optimised_once_and_only_matrices_decay():
     assert [(g["weight_decay"], {p.dim() for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(folder, capsys):
+    train_here()
+    before = Path("out/ckpt.pt").read_bytes()
+    flags = "--learning_rate 1e30 --grad_clip 0 --eval_interval 100 --max_iters 50".split()
+    assert re.search(r"the loss at step \d+ is (nan|inf)", exits(capsys, train_here, *flags, code=1).err)
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
 # -- data ------------------------------------------------------------------------------------------------------------
 
 def test_markdown_goes_and_the_words_stay():
