@@ -128,10 +128,10 @@ class Fork(nn.Module):
         i = sum(b <= budget for b in self.budgets[:-1])  # the bar lies between i - 1 and i
         part = min(1.0, (budget - self.budgets[i - 1]) / (self.budgets[i] - self.budgets[i - 1]))
         bar = self.bar[i - 1].lerp(self.bar[i], part)
-        if self.training and s.mask is None:
+        if self.training and s.mask is None:  # no cache
             best = logp.masked_fill(safe, PADDING).flatten().sort(descending=True).values
             reached = best[min(max(1, round((budget - 1) * s.T * len(logp))), len(best)) - 1]
-            error = (reached - 1e-3).clamp(min=NO_BAR) - bar  # below: rounding must not decide
+            error = (reached - 1e-3).clamp(min=NO_BAR) - bar  # lest rounding decide
             self.error[i - 1] += (1 - part) * error
             self.error[i] += part * error
         wanted = (logp >= bar) & ~safe
