@@ -29,7 +29,7 @@ from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
 from tools.files import load_checkpoint, make_folder  # noqa: E402
 from tools.pictures import count_streams  # noqa: E402
-from tools.program import choose_device, knob, read_flags, refuse  # noqa: E402
+from tools.program import choose_device, knob, or_refuse, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 
 TOKENS, BUDGET, BAR = "abcd", 1.5, 0.5
@@ -276,7 +276,8 @@ def measure(s):
         refuse(f"--out_dir {s.out_dir} holds a model without fork layers; name one with forks")
     if s.figure == "attention":
         return attention(model.eval(), idx, s.budget), note
-    return entropy(model.eval(), load(s.gpt_dir)[1].eval(), idx, s.budget), note
+    gpt = load(s.gpt_dir)[1].eval()
+    return or_refuse(lambda: entropy(model.eval(), gpt, idx, s.budget)), note
 
 
 def main(argv):

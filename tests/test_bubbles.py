@@ -203,6 +203,8 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     said = exits(capsys, figures.main, ["--figure", "budgets", "--results", "results"]).err
     assert "compare.py --preset text" in said
     assert "out-gpt holds" in exits(capsys, figures.main, ["--figure", "attention", "--out_dir", "out-gpt"]).err
+    train.main([*TINY, "--block_size", "8", "--max_iters", "1", "--fork_layers", "none", "--out_dir", "short"])
+    assert "block_size" in exits(capsys, figures.main, ["--figure", "entropy", "--gpt_dir", "short"]).err
     run = lambda arm, seed, loss: dict(arm=arm, seed=seed, loss={"9": loss})
     runs = [run(GPT, 0, {"1": 1.0}), run(GPT, 1, {"1": 2.0}), run("bubbles, r = 2", 0, {"2": 0.9, "1": 1.1}),
             run("bubbles, r = 2", 1, {"2": 1.7, "1": 2.1}), run("bubbles, elastic", 0, {"2": 0.5})]
