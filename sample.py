@@ -43,8 +43,8 @@ def choose_checkpoint(s):
 def read_prompt(prompt, vocabulary):
     """The prompt's bytes, or a refusal."""
     if prompt is None:
-        known = vocabulary is None or "\n" in vocabulary
-        return b"\n" if known else next(filter(None, vocabulary), "0").encode()
+        has_newline = vocabulary is None or "\n" in vocabulary
+        return b"\n" if has_newline else next(filter(None, vocabulary), "0").encode()
     if prompt.startswith("FILE:"):
         try:
             data = Path(prompt[5:]).read_bytes()

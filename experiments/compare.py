@@ -7,7 +7,8 @@ on from its last checkpoint. Then PRESET.json, .md and .png are written to --res
 validation loss, its paired difference to the plain GPT, FLOPs as PyTorch counts them, and times, measured in turns.
 What PRESET.json already says is kept: to add an arm or a seed, only that is trained.
 
-An arm is a line of ARMS: flags of train.py, the budgets it is evaluated at, and a class of rivals.py at the most.
+An arm is a line of ON_PLAYS or ON_URNS: flags of train.py, the budgets it is evaluated at, and a class of rivals.py at
+the most.
 """
 import dataclasses
 import json
@@ -434,8 +435,8 @@ def main(argv):
              f"{', '.join(f'{rate:g}' for rate in p.rates)}, the best with seed 0. FLOPs as PyTorch counts them, empty "
              "room in caches included; times as multiples of the plain GPT's, the shortest of five turns on one "
              f"thread. Trained on {machines}.")
-    missing = [arm for arm in p.arms if arm not in rates] + [f"{job.arm}, seed {job.seed}" for job in jobs if
-                                                             job not in done]
+    missing = [arm for arm in p.arms if arm not in rates]
+    missing += [f"{job.arm}, seed {job.seed}" for job in jobs if job not in done]
     whole = dict(about=about, missing=missing, runs=runs, measured=found)
     write_atomically(results / f"{s.preset}.json", lambda file: file.write(json.dumps(whole, indent=1).encode()))
     write_table(results / f"{s.preset}.md", runs, found, p.marks, p.beside, about)
