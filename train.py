@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from tasks.text import make_data
-from tinybubbles import Config
+from tinybubbles import NEVER_MEASURED, Config
 from tools.files import load_checkpoint, make_model, open_log, write_atomically
 from tools.pictures import draw_loss
 from tools.program import (check_finite, choose_device, in_turn, join_processes, knob, or_refuse, read_flags, refuse,
@@ -63,17 +63,20 @@ class Settings:
     compile: bool = knob(False, "torch.compile training steps: slow to start, faster then")
 
 
-@torch.no_grad()
-def measure_bars(model, texts, budgets):
-    """Set the bars of `budgets` by the texts, a list of idx (B, T). What a fork layer is offered depends on the bars of
-    those before it, so all texts are read once for each. The paper's model has no bars."""
-    model.forks.train()
+def measure_bars(model, idx, budgets):
+    """Set the bars of `budgets` as the texts idx (B, T) say. What a fork layer is offered depends on the bars of those
+    before it, so the texts are read once for each. A bar that was never measured is set all the way by a forward pass
+    in which its layer trains, and only that one does. The paper's model has no bars."""
+    was_training = model.training
+    model.eval()
     for budget in budgets if model.causal else ():
-        for _ in model.forks:
-            for idx in texts:
+        for fork in model.forks.values():
+            fork.bar[fork.budgets == budget] = NEVER_MEASURED
+            fork.train()
+            with torch.enable_grad():
                 model(idx, budget=budget)
-            model.update_bars(len(texts), rate=1.0)
-    model.forks.train(model.training)
+            fork.eval()
+    model.train(was_training)
 
 
 def make_optimizer(model, s, device):
@@ -101,13 +104,13 @@ class Trainer:
         self.say = (lambda text: None) if self.rank else functools.partial(print, flush=True)
         self.data = in_turn(lambda: make_data(s), self.rank, self.world)             # the first one fetches it for all
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}
-        shared |= dict(budget=max(s.budget), bars=Config.bars + s.budget, vocab_size=self.data.vocab_size)
+        shared |= dict(budget=max(s.budget), bar_budgets=Config.bar_budgets + s.budget, vocab_size=self.data.vocab_size)
         torch.manual_seed(s.seed)
         self.model = or_refuse(lambda: make(Config(**shared), s.paper)).to(self.device)
         if s.compile:
             torch._dynamo.config.recompile_limit = 100                # a graph for each budget that is trained
         compiled = torch.compile(self.model) if s.compile else self.model
-        self.parallel = DDP(compiled, broadcast_buffers=False) if self.world > 1 else compiled
+        self.parallel = DDP(compiled) if self.world > 1 else compiled
         self.optimizer = or_refuse(lambda: make_optimizer(self.model, s, self.device))
         self.batches, self.val_loss, self.best = self.world * s.gradient_accumulation_steps, math.inf, math.inf
         if saved and saved["batches"] != self.batches:
@@ -126,11 +129,11 @@ class Trainer:
         """A generator: of a step's batch and its dropout (purpose 0), its budget (1), the texts for bars (2)."""
         return np.random.default_rng((self.s.seed, step, number, purpose))
 
-    def loss(self, model, batch, budget, streams=None):
+    def loss(self, model, batch, budget, trace=None):
         """The model's loss on a batch: idx and targets (B, T)."""
         idx, targets = (torch.from_numpy(tokens).to(self.device) for tokens in batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            return model(idx, targets, budget=budget, streams=streams)[1]
+            return model(idx, targets, budget=budget, trace=trace)[1]
 
     def total(self, values):
         """The sum of a tensor over the processes, which it holds from then on."""
@@ -140,8 +143,8 @@ class Trainer:
 
     def train_step(self, step):
         """One update. What it depends on: the weights, the seed, the step and each batch's number. Returns the loss of
-        this process's batches and the last block's tok of the last one."""
-        s, n, total, streams = self.s, self.s.gradient_accumulation_steps, 0.0, []
+        this process's batches and the last block's owners in the last one."""
+        s, n, total, trace = self.s, self.s.gradient_accumulation_steps, 0.0, []
         budget = float(self.random(step, purpose=1).choice(s.budget))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, s)
@@ -150,16 +153,13 @@ class Trainer:
             rng = self.random(step, number)
             batch = self.data.train_batch(rng)
             torch.manual_seed(int(rng.integers(2 ** 63)))             # dropout's
-            loss = self.loss(self.parallel, batch, budget, streams) / n
+            loss = self.loss(self.parallel, batch, budget, trace) / n
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         self.optimizer.step()
-        for fork in self.model.forks.values():
-            self.total(fork.error)
-        self.model.update_bars(self.batches)
         self.val_loss = math.inf                                      # of these weights it is not known
-        return total, streams[-1][0]
+        return total, trace[-1][0]
 
     @torch.no_grad()
     def evaluate(self, budget):
@@ -172,8 +172,11 @@ class Trainer:
         """Set the bars of the budgets that are not trained, by the same few batches in every process."""
         most = 2.0 ** len(self.model.forks)
         texts = [self.data.train_batch(self.random(step, number, 2))[0] for number in range(4)]
-        others = {r for r in self.model.config.bars if r <= most} - {min(r, most) for r in self.s.budget}
-        measure_bars(self.model, [torch.from_numpy(idx).to(self.device) for idx in texts], others)
+        others = {r for r in self.model.config.bar_budgets if r <= most} - {min(r, most) for r in self.s.budget}
+        if self.world > 1:                                            # each process has moved its own since the last step
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        measure_bars(self.model, torch.from_numpy(np.concatenate(texts)).to(self.device), others)
 
     def checkpoint(self, step):
         """Evaluate; save ckpt.pt, and best.pt if no loss was lower so far; show a sample."""
@@ -208,12 +211,12 @@ class Trainer:
         self.pending.clear()
         return [check_finite(loss, at) for at, loss in enumerate(losses, step - len(losses))]
 
-    def progress(self, step, loss, tok, seconds):
+    def progress(self, step, loss, owner, seconds):
         """Print and log how training stands after `step` updates, the last of which took `seconds` each."""
         size, left = self.s.batch_size * self.data.T, round(seconds * (self.s.max_iters - step))
         row = dict(step=step, train_loss=round(loss, 6), learning_rate=learning_rate(step - 1, self.s),
                    ms_per_step=round(seconds * 1000, 1), tokens_per_s=round(size * self.batches / seconds),
-                   streams_per_token=round((tok >= 0).sum().item() / size, 3))
+                   streams_per_token=round((owner >= 0).sum().item() / size, 3))
         self.say(f"step {step:6d}   loss {loss:7.4f}   {seconds * 1000:8.1f} ms   {row['tokens_per_s']:9,} tokens/s   "
                  f"{row['streams_per_token']:5.3f} streams/token   ETA {left // 60:3d}:{left % 60:02d}")
         if not self.rank:
@@ -251,11 +254,11 @@ class Trainer:
                 self.save("ckpt.pt", step)
                 return self.say(f"stopped after {step} steps; to go on: python train.py --resume --out_dir "
                                 + shlex.quote(s.out_dir))
-            loss, tok = self.train_step(step)
+            loss, owner = self.train_step(step)
             self.pending.append(loss)
             if (step + 1) % s.log_interval == 0:
                 train_loss = self.check_pending(step + 1)[-1]
-                self.progress(step + 1, train_loss, tok, (time.perf_counter() - clock) / (step + 1 - clocked))
+                self.progress(step + 1, train_loss, owner, (time.perf_counter() - clock) / (step + 1 - clocked))
                 clock, clocked = time.perf_counter(), step + 1
         if not self.rank:
             draw_loss(self.out / "log.csv", self.out / "loss.png")

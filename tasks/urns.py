@@ -45,13 +45,14 @@ class Urns:
         last block their streams, and the sum of their P: (3, 2)."""
         total = np.zeros((3, 2))
         for i in range(self.s.eval_iters):
-            idx, streams = self.val_batch(i)[0], []
-            log_probs = model(torch.from_numpy(idx).to(device), budget=budget, streams=streams)[0].cpu().numpy()
+            idx, trace = self.val_batch(i)[0], []
+            logits = model(torch.from_numpy(idx).to(device), budget=budget, trace=trace)[0]
+            log_probs = logits.log_softmax(-1).cpu().numpy()
             loss = -np.take_along_axis(log_probs, self.urns[idx - self.BALLS], 2).mean(2) - math.log(
                 self.EACH) * self.hard                                               # (B, T)
-            tok, logp = (x.cpu().numpy() for x in streams[-1])                       # (B, N)
-            owner, P = (np.arange(len(idx))[:, None] * self.T + tok)[tok >= 0], np.exp(logp[tok >= 0])
-            for part, of in enumerate((loss.ravel(), *(np.bincount(owner, w, idx.size) for w in (P > -1, P)))):
+            owner, logp = (x.cpu().numpy() for x in trace[-1])                       # (B, N)
+            place, P = (np.arange(len(idx))[:, None] * self.T + owner)[owner >= 0], np.exp(logp[owner >= 0])
+            for part, of in enumerate((loss.ravel(), *(np.bincount(place, w, idx.size) for w in (P > -1, P)))):
                 of = of.reshape(idx.shape)
                 total[part] += of[:, ~self.hard].mean(), of[:, self.hard].mean()
         return total / self.s.eval_iters
