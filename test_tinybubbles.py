@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tinybubbles import NO_BAR, Cache, Config, Fork, PaperFork, PaperTinybubbles, Streams, Tinybubbles, admit, quota
+from tinybubbles import NEVER_MEASURED, Config, Fork, PaperFork, PaperTinybubbles, Streams, Tinybubbles, admit, quota
 
 SMALL = dict(vocab_size=11, block_size=24, n_layer=4, n_head=2, n_embd=16, fork_layers=(1, 2))
 
@@ -180,7 +180,7 @@ def oracle(model, idx, budget):
 
 def assert_matches_oracle(model, idx, budget):
     streams = []
-    logits = model(idx[None], budget=budget, streams=streams)[0][0]
+    logits = model(idx[None], budget=budget, trace=streams)[0][0]
     expected, per_block = oracle(model, idx.tolist(), budget)
     for (tok, logp), block in zip(streams, per_block, strict=True):
         assert tok[tok >= 0].tolist() == [t for t, _ in block]
@@ -292,9 +292,9 @@ def split(rng, T):
     return list(zip([0, *cuts], [*cuts, T]))
 
 
-def read_in_chunks(model, idx, chunks, **call):
-    cache = Cache()
-    logits = torch.cat([model(idx[:, a:b], cache=cache, **call)[0] for a, b in chunks], dim=1)
+def read_in_chunks(model, idx, chunks, budget=None, trace=None):
+    cache = model.new_cache(len(idx), budget)
+    logits = torch.cat([model(idx[:, a:b], budget=budget, cache=cache, trace=trace)[0] for a, b in chunks], dim=1)
     assert cache.length == idx.size(1)
     return logits
 
@@ -305,7 +305,7 @@ def test_cached_logits_equal_full_logits(dtype):
     for seed in range(24):
         model = random_model(seed, fork_layers=((1, 2), (0, 1, 3), (2,), (0, 1, 2, 3))[seed % 4]).to(dtype)
         idx, budget, streams = tokens(seed, B=3, T=rng.randint(1, 24)), rng.choice((1, 1.1, 1.5, 2, 2.7, 3, 4)), []
-        full = model(idx, budget=budget, streams=streams)[0]
+        full = model(idx, budget=budget, trace=streams)[0]
         ragged += len({int(n) for n in (streams[-1][0] >= 0).sum(1)}) > 1
         chunked = read_in_chunks(model, idx, split(rng, idx.size(1)), budget=budget)
         one_by_one = read_in_chunks(model, idx, [(t, t + 1) for t in range(idx.size(1))], budget=budget)
@@ -317,11 +317,11 @@ def test_the_budget_holds_on_every_prefix_and_every_token_keeps_its_original():
     for seed in range(8):
         model, idx = random_model(seed, fork_layers=(0, 1, 2)), tokens(seed, B=3, T=20)
         for fork in model.forks.values():
-            fork.bar.fill_((NO_BAR, -1.0)[seed % 2])                                # untrained, or as if trained
+            fork.bar.fill_((NEVER_MEASURED, -1.0)[seed % 2])                                # untrained, or as if trained
         for budget in (1, 1.05, 1.5, 2, 3.3):
             full, chunked = [], []
-            model(idx, budget=budget, streams=full)
-            read_in_chunks(model, idx, [(0, 7), (7, 8), (8, 20)], budget=budget, streams=chunked)
+            model(idx, budget=budget, trace=full)
+            read_in_chunks(model, idx, [(0, 7), (7, 8), (8, 20)], budget=budget, trace=chunked)
             chunked = [torch.cat([tok for tok, _ in chunked[l::4]], dim=1) for l in range(4)]
             for tok, again in zip((tok for tok, _ in full), chunked, strict=True):
                 count = F.one_hot(tok + 1, 21).sum(1)[:, 1:]                          # (B, T); padding was column 0
@@ -332,8 +332,8 @@ def test_the_budget_holds_on_every_prefix_and_every_token_keeps_its_original():
 
 def test_a_lowered_budget_holds_from_then_on():
     model, idx, cache, before, after = random_model(1), tokens(1, T=24), Cache(), [], []
-    model(idx[:, :8], cache=cache, budget=3, streams=before)
-    model(idx[:, 8:], cache=cache, budget=1.25, streams=after)
+    model(idx[:, :8], cache=cache, budget=3, trace=before)
+    model(idx[:, 8:], cache=cache, budget=1.25, trace=after)
     spent = (before[-1][0] >= 0).sum(1)
     total = spent.unsqueeze(1) + F.one_hot(after[-1][0] - 7, 17).sum(1)[:, 1:].cumsum(1)
     allowed = torch.tensor([quota(1.25, t) for t in range(9, 25)])
@@ -350,7 +350,7 @@ def test_a_row_does_not_depend_on_its_batch_mates():
 
 def test_a_budget_of_one_keeps_exactly_the_originals():
     streams, idx = [], tokens(5)
-    random_model(5, PaperTinybubbles)(idx, budget=1, streams=streams)
+    random_model(5, PaperTinybubbles)(idx, budget=1, trace=streams)
     assert all(torch.equal(tok, torch.arange(12).expand(2, 12)) for tok, _ in streams)
     assert (streams[0][1] == 0).all() and (streams[-1][1] < 0).all()                  # the paper's: it still fades them
 
@@ -359,8 +359,8 @@ def test_a_budget_beyond_all_forks_forks_everything():
     streams = []
     model = random_model(5)
     for fork in model.forks.values():
-        fork.bar.fill_(NO_BAR)
-    model(tokens(5), budget=1e9, streams=streams)
+        fork.bar.fill_(NEVER_MEASURED)
+    model(tokens(5), budget=1e9, trace=streams)
     assert [tok.size(1) for tok, _ in streams] == [12, 24, 48, 48]
     assert torch.equal(streams[-1][0][0], torch.arange(12).repeat_interleave(4))
 
