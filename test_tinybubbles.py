@@ -4,13 +4,15 @@ twin of the model (NumPy, float64, loops and equations only), then the propertie
 """
 import math
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from tinybubbles import NEVER_MEASURED, Config, Fork, PaperFork, PaperTinybubbles, Streams, Tinybubbles, admit, quota
+from tinybubbles import (NEVER_MEASURED, Config, Fork, PaperFork, PaperTinybubbles, Streams, Tinybubbles, admit,
+                         quota)
 
 SMALL = dict(vocab_size=11, block_size=24, n_layer=4, n_head=2, n_embd=16, fork_layers=(1, 2))
 
@@ -73,7 +75,7 @@ def test_golden_numbers_of_the_authors_jax_code():
     names += ["ln_f.weight"]
     scale = {"wte": 1.0, "qkv": 0.4, "attn.proj": 0.4, "mlp.fc": 0.3, "mlp.proj": 0.3, "score": 0.5, "embedding": 0.5}
     state = model.state_dict()
-    assert sorted(names) == sorted(name for name in state if not name.endswith(".bar"))
+    assert sorted(names) == sorted(name for name in state if not name.endswith((".bar", ".budgets")))
     for key, name in enumerate(names):
         kind = next((k for k in scale if name.endswith((k, k + ".weight"))), None)         # None: a LayerNorm
         i = np.arange(state[name].numel(), dtype=np.float64)
@@ -81,111 +83,181 @@ def test_golden_numbers_of_the_authors_jax_code():
         state[name].copy_(torch.from_numpy(w.astype(np.float32)).view_as(state[name]))
     golden = torch.tensor([float(x) for x in GOLDEN_LOGITS.split()]).view(2, 12, 11).log_softmax(-1)
     logits, loss = model(torch.tensor(GOLDEN_IDX))
-    assert loss is None and (logits - golden).abs().max() < 2e-5
+    assert loss is None and (logits.log_softmax(-1) - golden).abs().max() < 2e-5
 
 
-# -- the slow obvious twin -------------------------------------------------------------------------------------------
+# -- the specification -----------------------------------------------------------------------------------------------
+#
+# The whole method for one sequence, in loops over plain lists and NumPy vectors of float64, straight from the equations.
+# It is slow and obvious; tinybubbles.py is fast and must give the same numbers.
 
-def layer_norm(x, w):
-    return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * w
+@dataclass
+class Stream:
+    x: np.ndarray     # (D,), the residual vector
+    token: int        # its owner
+    logp: float       # log of P, how much it counts
+
+
+@dataclass
+class Candidate:
+    stream: Stream    # what it is if it survives
+    is_extra: bool    # an original is none
+    survives: bool
+
+
+def layer_norm(x, weight):
+    return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * weight
 
 
 def log_softmax(x):
     return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
-def oracle_choose(extras, T, budget, bar, causal):
-    """Which extras [(log P, slot, token)], in the order of slots, survive: a set of slots."""
-    E = [math.ceil(round(budget * (t + 1), 6)) - (t + 1) for t in range(T)]
-    if not causal:
-        return {slot for _, slot, _ in sorted(extras, key=lambda e: (-e[0], e[1]))[:E[-1]]}
-    chosen = set()
-    for logp, slot, token in extras:
-        if logp >= bar and len(chosen) < E[token]:
-            chosen.add(slot)
-    return chosen
+def log_sigmoid(a):
+    return -np.logaddexp(0, -a)
 
 
-def oracle_fork(streams, w, T, budget, bar, causal):
-    """One fork layer; streams are (x, tok, logp) in order."""
-    candidates, extras = [], []
-    for j, (x, tok, logp) in enumerate(streams):
-        a = w["score.weight"] @ layer_norm(x, w["ln.weight"])
-        fork, keep = (logp + max(-np.logaddexp(0, -a[i]), -20.0) for i in (0, 1))
-        extras.append((fork, 2 * j, tok))
-        if j + 1 < len(streams) and streams[j + 1][1] == tok:         # not the original: its survival is contested
-            extras.append((keep, 2 * j + 1, tok))
-        elif causal:
-            keep = logp
-        candidates += [(x + w["embedding"], tok, fork), (x, tok, keep)]
-    lost = {slot for _, slot, _ in extras} - oracle_choose(extras, T, budget, bar, causal)
-    return [c for slot, c in enumerate(candidates) if slot not in lost]
+def gelu(u):
+    return 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u ** 3)))
 
 
-def oracle_turn(x, position):
-    """Rotary positions: the first half of a head is rotated with the second."""
-    half = len(x) // 2
+def rotate(head, position):
+    """Rotary positions: each channel of a head's first half is turned together with one of the second half."""
+    half = len(head) // 2
     angle = position / 10000.0 ** (np.arange(half) / half)
-    a, b = x[:half], x[half:]
+    a, b = head[:half], head[half:]
     return np.concatenate((a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)))
 
 
-def oracle_attention(streams, w, n_head, has_scores):
-    """What attention writes to each stream, before it is scaled by P."""
-    count = [sum(tok == s[1] for s in streams) for tok in range(streams[-1][1] + 1)]
-    position = np.cumsum([1 / count[tok] for _, tok, _ in streams])
-    d = len(streams[0][0]) // n_head
-    q, k, v = np.stack([w["attn.qkv.weight"] @ layer_norm(x, w["ln_1.weight"]) for x, _, _ in streams], 1).reshape(
-        3, n_head, d, len(streams)).transpose(0, 1, 3, 2)
-    out = np.zeros((len(streams), n_head, d))
-    for h in range(n_head):
-        for i in range(len(streams)):
-            query, logits = oracle_turn(q[h, i], position[i]), []
-            for j in range(i + 1):
-                key, used = oracle_turn(k[h, j], position[j]), d - has_scores
-                logits.append(query[:used] @ key[:used] / np.sqrt(d) + streams[j][2] / np.sqrt(d))
+def room_for_extras(budget, token):
+    """How many extras the tokens up to this one may own: what the quota leaves beside their originals."""
+    t = token + 1
+    return math.ceil(round(budget * t, 6)) - t
+
+
+def make_candidates(streams, weights, originals_fade):
+    """For each stream a new fork of it, and then the stream itself (equations 1 to 3)."""
+    candidates = []
+    for j, stream in enumerate(streams):
+        is_original = j + 1 == len(streams) or streams[j + 1].token != stream.token
+        fork_logit, keep_logit = weights["score.weight"] @ layer_norm(stream.x, weights["ln.weight"])
+        fork_score = max(log_sigmoid(fork_logit), -20.0)
+        keep_score = max(log_sigmoid(keep_logit), -20.0)
+        if is_original and not originals_fade:
+            keep_score = 0.0
+        fork = Stream(stream.x + weights["embedding"], stream.token, stream.logp + fork_score)
+        kept = Stream(stream.x, stream.token, stream.logp + keep_score)
+        candidates.append(Candidate(fork, is_extra=True, survives=False))
+        candidates.append(Candidate(kept, is_extra=not is_original, survives=is_original))
+    return candidates
+
+
+def serve_from_left_to_right(candidates, budget, bar):
+    """Our rule: an extra survives if it reaches the bar and there is room. A stream is served before its own fork."""
+    used = 0
+    for j in range(0, len(candidates), 2):
+        new_fork, the_stream = candidates[j], candidates[j + 1]
+        for candidate in (the_stream, new_fork):
+            has_room = used < room_for_extras(budget, candidate.stream.token)
+            if candidate.is_extra and candidate.stream.logp >= bar and has_room:
+                candidate.survives = True
+                used += 1
+
+
+def choose_the_best(candidates, budget, T):
+    """The paper's rule: the best extras of the whole sequence survive; of equal ones the earlier."""
+    extras = [candidate for candidate in candidates if candidate.is_extra]
+    extras.sort(key=lambda candidate: -candidate.stream.logp)         # Python's sort keeps the order of equal ones
+    for candidate in extras[:room_for_extras(budget, T - 1)]:
+        candidate.survives = True
+
+
+def positions_of(streams):
+    """Of the q streams of token t, counted from 1, the one with p others to its right stands at t - p/q."""
+    positions = []
+    for j, stream in enumerate(streams):
+        q = sum(other.token == stream.token for other in streams)
+        p = sum(other.token == stream.token for other in streams[j + 1:])
+        positions.append(stream.token + 1 - p / q)
+    return positions
+
+
+def attention(streams, weights, n_head, has_scores):
+    """What attention writes to each stream, before the write is scaled by P (equations 7 and 8)."""
+    positions, outputs = positions_of(streams), []
+    qkv = [weights["attn.qkv.weight"] @ layer_norm(stream.x, weights["ln_1.weight"]) for stream in streams]
+    q, k, v = np.array(qkv).reshape(len(streams), 3, n_head, -1).transpose(1, 0, 2, 3)          # (N, H, d) each
+    d = q.shape[-1]
+    compared = d - 1 if has_scores else d                             # the last channel is given up for log P
+    for i in range(len(streams)):
+        heads = []
+        for h in range(n_head):
+            query, logits, values = rotate(q[i, h], positions[i]), [], []
+            for j in range(i + 1):                                    # itself and all that stand left of it
+                key = rotate(k[j, h], positions[j])
+                logits.append((query[:compared] @ key[:compared] + streams[j].logp) / np.sqrt(d))
+                values.append(np.exp(streams[j].logp) * v[j, h])
             weight = np.exp(log_softmax(np.array(logits)))
-            out[i, h] = sum(weight[j] * np.exp(streams[j][2]) * v[h, j] for j in range(i + 1))
-    return out.reshape(len(streams), -1) @ w["attn.proj.weight"].T
+            heads.append(weight @ np.array(values))
+        outputs.append(weights["attn.proj.weight"] @ np.concatenate(heads))
+    return outputs
 
 
-def oracle(model, idx, budget):
-    """Log-probabilities (T, V) of one sequence and the streams [(tok, logp)] of each block."""
-    c, T, per_block = model.config, len(idx), []
-    weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
-    part = lambda prefix: {n[len(prefix):]: p for n, p in weights.items() if n.startswith(prefix)}
-    streams = [(weights["wte.weight"][i], t, 0.0) for t, i in enumerate(idx)]
-    for l in range(c.n_layer):
-        if l in c.fork_layers:
-            bar = np.interp(min(budget, 2 ** len(c.fork_layers)), c.bars, model.forks[str(l)].bar.double().numpy())
-            streams = oracle_fork(streams, part(f"forks.{l}."), T, budget, bar, model.causal)
-        w = part(f"blocks.{l}.")
-        attention = oracle_attention(streams, w, c.n_head, bool(c.fork_layers))
-        streams = [(x + np.exp(logp) * attention[i], tok, logp) for i, (x, tok, logp) in enumerate(streams)]
-        for i, (x, tok, logp) in enumerate(streams):
-            u = w["mlp.fc.weight"] @ layer_norm(x, w["ln_2.weight"])
-            u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u ** 3)))
-            streams[i] = (x + np.exp(logp) * (w["mlp.proj.weight"] @ u), tok, logp)
-        per_block.append([(tok, logp) for _, tok, logp in streams])
+def block(streams, weights, n_head, has_scores):
+    """Both writes of a block are scaled by P (equations 9 and 10)."""
+    outputs = attention(streams, weights, n_head, has_scores)
+    for stream, output in zip(streams, outputs):
+        P = np.exp(stream.logp)
+        stream.x = stream.x + P * output
+        hidden = gelu(weights["mlp.fc.weight"] @ layer_norm(stream.x, weights["ln_2.weight"]))
+        stream.x = stream.x + P * (weights["mlp.proj.weight"] @ hidden)
+
+
+def predict(streams, token, weights, mixes):
+    """Log-probabilities of what follows a token: of the sum of its streams, or their mixture (equation 11)."""
     head = lambda x: log_softmax(weights["wte.weight"] @ layer_norm(x, weights["ln_f.weight"]))
-    logits = []
-    for t in range(T):
-        mine = [(x, np.exp(logp)) for x, tok, logp in streams if tok == t]
-        if model.causal or model.merge == "residual":
-            logits.append(head(sum(P * x for x, P in mine)))
-        else:
-            logits.append(np.log(sum(P * np.exp(head(x)) for x, P in mine) / sum(P for _, P in mine)))
-    return np.array(logits), per_block
+    mine = [stream for stream in streams if stream.token == token]
+    if not mixes:
+        return head(sum(np.exp(stream.logp) * stream.x for stream in mine))
+    total = sum(np.exp(stream.logp) for stream in mine)
+    return np.log(sum(np.exp(stream.logp) / total * np.exp(head(stream.x)) for stream in mine))
 
 
-def assert_matches_oracle(model, idx, budget):
-    streams = []
-    logits = model(idx[None], budget=budget, trace=streams)[0][0]
-    expected, per_block = oracle(model, idx.tolist(), budget)
-    for (tok, logp), block in zip(streams, per_block, strict=True):
-        assert tok[tok >= 0].tolist() == [t for t, _ in block]
-        assert np.allclose(logp[tok >= 0].detach(), [p for _, p in block], atol=2e-5)
-    assert np.abs(logits.detach().numpy() - expected).max() < 5e-5
+def specification(model, idx, budget):
+    """Read one sequence, a list of tokens: log-probabilities (T, V), and [(owner, log P) of each stream] per block."""
+    config, T, trace = model.config, len(idx), []
+    weights = {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+    below = lambda prefix: {name[len(prefix):]: w for name, w in weights.items() if name.startswith(prefix)}
+    paper = isinstance(model, PaperTinybubbles)
+    budget = min(budget, 2 ** len(config.fork_layers))
+    streams = [Stream(weights["wte.weight"][token], t, 0.0) for t, token in enumerate(idx)]
+    for layer in range(config.n_layer):
+        if layer in config.fork_layers:
+            candidates = make_candidates(streams, below(f"forks.{layer}."), originals_fade=paper)
+            if paper:
+                choose_the_best(candidates, budget, T)
+            else:
+                next_higher = [r >= budget for r in config.bar_budgets].index(True)
+                serve_from_left_to_right(candidates, budget, model.forks[str(layer)].bar[next_higher].item())
+            streams = [candidate.stream for candidate in candidates if candidate.survives]
+        block(streams, below(f"blocks.{layer}."), config.n_head, has_scores=len(config.fork_layers) > 0)
+        trace.append([(stream.token, stream.logp) for stream in streams])
+    mixes = paper and model.merge == "probability"
+    return np.array([predict(streams, t, weights, mixes) for t in range(T)]), trace
+
+
+def log_probs(model, idx, **call):
+    return model(idx, **call)[0].log_softmax(-1)
+
+
+def assert_matches_specification(model, idx, budget):
+    trace = []
+    fast = log_probs(model, idx[None], budget=budget, trace=trace)[0]
+    expected, expected_trace = specification(model, idx.tolist(), budget)
+    for (owner, logp), streams in zip(trace, expected_trace, strict=True):
+        assert owner[owner >= 0].tolist() == [token for token, _ in streams]
+        assert np.allclose(logp[owner >= 0].detach(), [logp for _, logp in streams], atol=2e-5)
+    assert np.abs(fast.detach().numpy() - expected).max() < 5e-5
 
 
 @KINDS
@@ -196,7 +268,7 @@ def test_the_model_is_its_equations(kind):
         forks = tuple(sorted(rng.sample(range(n_layer), rng.randint(0, n_layer))))
         model = random_model(seed, kind, n_layer=n_layer, fork_layers=forks, n_head=rng.choice((1, 2, 4)))
         idx = tokens(seed, B=1, T=rng.randint(1, 10))[0]
-        assert_matches_oracle(model, idx, rng.choice((1, 1.1, 1.25, 1.5, 1.7, 2, 2.5, 3, 4, 9.9)))
+        assert_matches_specification(model, idx, rng.choice((1, 1.1, 1.25, 1.5, 1.7, 2, 2.5, 3, 4, 9.9)))
 
 
 @KINDS
@@ -206,37 +278,39 @@ def test_equal_scores_are_settled_as_in_the_equations(kind, slope):
         model = random_model(seed, kind, fork_layers=(0, 1, 3))
         for fork in model.forks.values():
             fork.score.weight.data.mul_(slope)
-        assert_matches_oracle(model, tokens(seed, B=1, T=9, vocab_size=3)[0], 1.5 + seed % 3)
+        assert_matches_specification(model, tokens(seed, B=1, T=9, vocab_size=3)[0], 1.5 + seed % 3)
 
 
 def test_the_worked_example_of_the_readme():
-    """Four tokens a b c d, budget 1.5: E(t) = 1, 1, 2, 2 extras; layer 1 forks, layer 2 keeps, deletes and forks."""
+    """Four tokens a b c d, budget 1.5, bar 0.5: E(t) = 1, 1, 2, 2 extras. Layer 1 forks; layer 2 keeps, deletes, forks."""
     config = Config(**SMALL | dict(budget=1.5))
     assert [quota(1.5, t) - t for t in (1, 2, 3, 4)] == [1, 1, 2, 2]
-    x, tok, logp = torch.zeros(1, 4, 16), torch.arange(4)[None], torch.zeros(1, 4)
-    first, used, frequency = torch.ones(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), torch.ones(2)
-    table = [  # (fork, keep) probabilities of every stream
-        [(.7, 1), (.9, 1), (.6, 1), (.8, 1)],                                       # a b c d
-        [(.3, .8), (.4, 1), (.2, 1), (.2, .1), (.3, 1), (.8, 1)],                   # a' a b c' c d
+    none, one_radian = torch.zeros(1, 1, dtype=torch.int64), torch.ones(2)
+    table = [  # the (fork, stay) probabilities of every stream, and what survives: owners and rotary positions
+        ([(.7, 1), (.9, 1), (.6, 1), (.8, 1)],                                      # a b c d
+         [0, 0, 1, 2, 2, 3], [.5, 1, 2, 2.5, 3, 4]),
+        ([(.9, .8), (.4, 1), (.2, 1), (.2, .1), (.3, 1), (.8, 1)],                  # a' a b c' c d
+         [0, 0, 1, 2, 3, 3], [.5, 1, 2, 3, 3.5, 4]),
     ]
-    for rows, owners, positions in zip(table, ([0, 0, 1, 2, 2, 3], [0, 0, 1, 2, 3, 3]),
-                                       ([.5, 1, 2, 2.5, 3, 4], [.5, 1, 2, 3, 3.5, 4])):
-        score = torch.tensor([rows]).logit().clamp(max=50)
-        forks = Fork(config).eval(), PaperFork(config)
-        for fork in forks:
-            torch.nn.init.ones_(fork.embedding)
+    x, streams = torch.zeros(1, 4, 16), Streams(torch.arange(4)[None], torch.zeros(1, 4), 4, none, one_radian)
+    for probabilities, owners, positions in table:
+        ours, papers = Fork(config).eval(), PaperFork(config)
+        for fork in (ours, papers):
+            torch.nn.init.ones_(fork.embedding)                                     # so x counts how often it was forked
             fork.bar.fill_(math.log(0.5))
-            fork.score.forward = lambda x: score
-        s = Streams(tok, logp, 4, first, frequency, None, 0)
-        paper = forks[1](x, s, 1.5, used, None)[1]
-        x, tok, logp = forks[0](x, s, 1.5, used, None)
-        assert tok.tolist() == [owners]
-        s = Streams(tok, logp, 4, first, frequency, None, 0)                        # frequency 1: the angle itself
-        assert torch.atan2(s.sin, s.cos)[..., 0].remainder(2 * math.pi).flatten().tolist() == pytest.approx(positions)
-        if len(rows) == 4:
-            assert paper.tolist() == [[0, 1, 1, 2, 3, 3]]                           # b and d, who came too late for us
+            fork.score.forward = lambda x: torch.tensor([probabilities]).logit().clamp(max=50)
+        papers_owners = papers(x, streams, 1.5, none, False)[1]
+        x, owner, logp = ours(x, streams, 1.5, none, False)
+        assert owner.tolist() == [owners]
+        streams = Streams(owner, logp, 4, none, one_radian)                         # the angle is the position itself
+        angle = torch.atan2(streams.sin[..., -1], streams.cos[..., -1]).remainder(2 * math.pi)
+        assert angle.flatten().tolist() == pytest.approx(positions)
+        if len(probabilities) == 4:
+            assert papers_owners.tolist() == [[0, 1, 1, 2, 3, 3]]                   # b and d, which came too late for us
             assert x[0, :, 0].tolist() == [1, 0, 0, 1, 0, 0]                        # a fork stands left of its parent
-    assert logp.exp().tolist() == [pytest.approx([.56, 1, 1, 1, .8, 1], rel=1e-4)]  # c' was deleted, d forked
+    # a' stays, as it is served before its own fork, which was the better one; c' is deleted; d forks.
+    assert logp.exp().tolist() == [pytest.approx([.56, 1, 1, 1, .8, 1], rel=1e-4)]
+    assert x[0, :, 0].tolist() == [1, 0, 0, 0, 1, 0]
 
 
 # -- selection -------------------------------------------------------------------------------------------------------
@@ -254,12 +328,12 @@ def test_admitting_all_at_once_is_admitting_one_after_the_other():
         assert admit(wanted[None], allowed[None], torch.tensor([[used]])).tolist() == [expected]
 
 
-def test_a_quota_is_rounded_before_it_is_raised():
+def test_a_quota_is_in_whole_numbers():
     for budget in (1, 1.1, 1.25, 4 / 3, 1.5, 5 / 3, 2, 2.7, 3.3, 4):
         for t in (1, 2, 3, 7, 10, 30, 1000, 100_000):
             expected = math.ceil(round(budget * t, 6))
             assert quota(budget, t) == quota(budget, torch.tensor(t)).item() == expected
-    assert quota(1.1, 10) == 11
+    assert math.ceil(1.1 * 50) == 56 and quota(1.1, 50) == 55
 
 
 # -- properties of the causal rule -----------------------------------------------------------------------------------
@@ -281,7 +355,7 @@ def test_the_papers_model_lets_a_later_token_change_an_earlier_logit_and_refuses
     model, idx = random_model(0, PaperTinybubbles), tokens(0)
     assert max(first_change(model, idx, t, budget=1.5) for t in range(1, 12)) > 1e-2
     with pytest.raises(ValueError, match="cannot use a cache"):
-        model(idx, cache=Cache())
+        model(idx, cache=random_model(0).new_cache(2))
     longer = model.generate(idx, 20, temperature=0, budget=1.5)                     # past block_size, reading anew
     assert torch.equal(longer[:, 20:21], model(longer[:, :20], budget=1.5)[0][:, -1:].argmax(-1))
 
@@ -331,7 +405,8 @@ def test_the_budget_holds_on_every_prefix_and_every_token_keeps_its_original():
 
 
 def test_a_lowered_budget_holds_from_then_on():
-    model, idx, cache, before, after = random_model(1), tokens(1, T=24), Cache(), [], []
+    model, idx, before, after = random_model(1), tokens(1, T=24), [], []
+    cache = model.new_cache(2, budget=3)
     model(idx[:, :8], cache=cache, budget=3, trace=before)
     model(idx[:, 8:], cache=cache, budget=1.25, trace=after)
     spent = (before[-1][0] >= 0).sum(1)
@@ -339,6 +414,21 @@ def test_a_lowered_budget_holds_from_then_on():
     allowed = torch.tensor([quota(1.25, t) for t in range(9, 25)])
     assert spent.min() > 10
     assert (total <= torch.maximum(allowed, spent.unsqueeze(1) + torch.arange(1, 17))).all()
+
+
+def test_a_call_that_fails_in_any_block_leaves_the_cache_as_it_was(monkeypatch):
+    """Out of memory, or Ctrl-C: the same call again gives the right logits."""
+    model, idx = random_model(3), tokens(3)
+    full, cache = model(idx)[0], model.new_cache(2)
+    model(idx[:, :5], cache=cache)
+    for block in model.blocks:
+        with monkeypatch.context() as patch:
+            patch.setattr(block.mlp, "forward", lambda x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(idx[:, 5:9], cache=cache)
+        assert cache.length == 5
+    parts = [model(idx[:, 5:9], cache=cache)[0], model(idx[:, 9:], cache=cache)[0]]
+    assert (torch.cat(parts, 1) - full[:, 5:]).abs().max() < 2e-5
 
 
 def test_a_row_does_not_depend_on_its_batch_mates():
@@ -393,22 +483,31 @@ def plain_gpt(model, idx):
 def test_no_fork_layers_is_a_plain_gpt(kind):
     model, idx = random_model(7, kind, fork_layers=()), tokens(7)
     for budget in (None, 3):
-        assert (model(idx, budget=budget)[0] - plain_gpt(model, idx)).abs().max() < 2e-5
+        assert (log_probs(model, idx, budget=budget) - plain_gpt(model, idx)).abs().max() < 2e-5
 
 
 @KINDS
-def test_gradient_reaches_every_parameter_and_the_fused_loss_is_the_logits_loss(kind):
-    model, idx, targets = random_model(8, kind), tokens(8), tokens(9)
-    targets[0, :5] = -1
-    none, loss = model(idx, targets, budget=1.5)
-    logits = model(idx, budget=1.5)[0]
-    assert none is None and logits.dtype == torch.float32
-    assert logits.exp().sum(-1).sub(1).abs().max() < 1e-5
-    assert (loss - F.nll_loss(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)).abs() < 1e-5
-    loss.backward()
+def test_gradient_reaches_every_parameter(kind):
+    model = random_model(8, kind)
+    model(tokens(8), tokens(9), budget=1.5)[1].backward()
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all() and (p.grad != 0).any(), name
+
+
+@KINDS
+def test_the_loss_is_the_mean_cross_entropy_of_the_targets_that_count(kind):
+    model, idx, targets = random_model(8, kind), tokens(8), tokens(9)
+    targets[0, :5] = -1
+    logits, loss = model(idx, targets, budget=1.5)
+    assert logits.shape == (2, 12, 11) and logits.dtype == torch.float32
+    assert torch.equal(logits, model(idx, budget=1.5)[0])
+    mine = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    assert loss.item() == pytest.approx(-mine[targets != -1].mean().item(), abs=1e-5)
     assert model(idx, torch.full_like(idx, -1))[1] == 0               # nothing to predict is not a NaN
+    with pytest.raises((IndexError, RuntimeError)):
+        model(idx, torch.full_like(idx, -2))                          # no other negative number is a target
+    with pytest.raises(ValueError, match="shape"):
+        model(idx, targets[:, :-1])
 
 
 def test_the_gradient_is_the_slope_of_the_loss():
@@ -432,6 +531,11 @@ def test_the_start_scales_with_the_width():
     for name, p in model.named_parameters():
         std = next((s for n, s in expected.items() if name.endswith(n)), 0.0)
         assert p.std().item() == pytest.approx(std, rel=0.2) and (std > 0 or (p == 1).all()), name
+
+
+def test_no_other_merge_is_taken():
+    with pytest.raises(ValueError, match="nonsense"):
+        PaperTinybubbles(Config(), merge="nonsense")
 
 
 def test_dropout_acts_in_training_only():

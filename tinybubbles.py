@@ -263,7 +263,8 @@ class Fork(nn.Module):
         logp = streams.logp.unsqueeze(-1) + score                                     # (B, N, 2)
 
         # Select: every original, and some of the extras. A choice has no gradient; logp keeps its own.
-        survives = self.select(logp.detach(), streams, budget, earlier_extras).flatten(1)     # (B, 2N)
+        learns = self.training and torch.is_grad_enabled() and not cached
+        survives = self.select(logp.detach(), streams, budget, earlier_extras, learns).flatten(1)     # (B, 2N)
 
         # Gather: a stable sort moves the survivors to the front in their order. Behind them there is padding.
         candidate = survives.byte().sort(dim=1, descending=True, stable=True).indices
@@ -284,14 +285,15 @@ class Fork(nn.Module):
             return survives.size(1)
         return int(survives.sum(1).max())
 
-    def select(self, logp, streams, budget, earlier_extras):
-        """The causal rule: which candidates survive, (B, N, 2), given their logp (B, N, 2). Padding does not."""
+    def select(self, logp, streams, budget, earlier_extras, learns):
+        """The causal rule: which candidates survive, (B, N, 2), given their logp (B, N, 2). Padding does not. learns:
+        whether to move the bar too."""
         is_extra = streams.is_real.unsqueeze(-1) & ~streams.is_kept_original
         # A budget that has no bar takes the next higher budget's. That is a lower bar, so more extras are wanted than
         # may be had, and the quota holds the budget. The budgets are stored as float32, hence the 1e-6.
         which = (self.budgets < budget - 1e-6).sum(0, keepdim=True)                   # (1,), the place of the bar
         wanted = is_extra & (logp >= self.bar.gather(0, which))                       # (B, N, 2)
-        if self.training and torch.is_grad_enabled():
+        if learns:
             self.move_bar(which, logp, is_extra, len(logp) * streams.T)
         # How many extras the tokens up to each stream's own may have. If the budget was lowered within a text, the
         # earlier tokens may have more than that: they keep theirs, and nothing is admitted until the quota is reached.
@@ -304,9 +306,9 @@ class Fork(nn.Module):
     @torch.no_grad()
     def move_bar(self, which, logp, is_extra, tokens):
         """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a tenth of the
-        way, or the first time all of it. It is a running statistic, as the mean in BatchNorm is: a forward pass moves
-        it after using it, only in training and only with gradients on. So no choice depends on later tokens, nor
-        does a bar on validation or sampling."""
+        way, or the first time all of it. It is a running statistic, as the mean in BatchNorm is: a forward pass of
+        training moves it, after using it. Without gradients or with a cache nothing moves it, so neither validation
+        nor sampling does, even in train mode."""
         count = ((self.budgets.gather(0, which) - 1) * tokens).round().long()         # (1,), the extras to be had
         best_first = logp.masked_fill(~is_extra, PADDING).flatten().sort(descending=True).values
         reached = best_first.gather(0, count.clamp(1, len(best_first)) - 1)
@@ -506,7 +508,7 @@ class PaperFork(Fork):
     (eqs. 4-5), so a later token can evict an earlier one's fork. It has no use for a bar."""
     originals_fade = True
 
-    def select(self, logp, streams, budget, earlier_extras):
+    def select(self, logp, streams, budget, earlier_extras, learns):
         """The originals and the best extras, ceil(r T) in all. Of equal candidates the earlier one is better."""
         best_first = logp.masked_fill(streams.is_kept_original, math.inf).flatten(1).sort(
             dim=1, descending=True, stable=True).indices                              # (B, 2N)
