@@ -18,20 +18,23 @@ Words used here, each with one meaning:
     candidate   what a fork layer chooses from: for each stream, a new fork of it and the stream itself
     extra       a candidate that is not an original: a new fork, or an old fork that would stay
     score       the probability that a fork layer gives to a candidate; the code works with its log
-    P           how much a stream counts: 1 for an original; for a fork the product of all scores in its life
+    P           how much a stream counts. An original has 1. A new fork has its parent's P times its own score, and
+                each later fork layer multiplies it by the score for staying
     budget r    how many streams a token may own on average (in the picture 1.5)
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
-    bar         the log P that an extra must reach at a fork layer, one number for each budget
+    bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a list;
+                training at a budget moves its bars, and those of other budgets wait until they are measured
     segment     the blocks between two fork layers, in which the streams stay the same
 
-Three things that are easily got wrong:
+Four things that are easy to get wrong:
     1. Streams attend causally in the order in which they stand. A fork stands left of its parent, so the parent
        sees the fork, and the fork does not see its parent. All that stand further right see both.
-    2. An extra survives if its log P reaches the bar and the quota has room. The bar is set so that about r - 1
-       extras per token reach it. So an extra can be refused while there is room, which is then left to later
-       tokens. Room is given out from left to right, token by token, and within a token every stream is served
-       before its own new fork. So no later token ever changes an earlier choice.
-    3. The loss teaches the scores through P alone. A fork that is not chosen has no P in any block, and so its
+    2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Alone it would be
+       spent on whatever comes first, so there is the bar, which about r - 1 extras per token reach: an extra below
+       it is refused even if there is room, and the room stays for later, better ones.
+    3. Room is given out from left to right, token by token; within a token every stream is served before its own
+       new fork. So a fork never takes its parent's place, and no later token changes an earlier choice.
+    4. The loss teaches the scores through P alone. A fork that is not chosen has no P in any block, and so its
        score gets no gradient.
 
 Shapes: B rows, T tokens of this call, N streams (another number in each segment), D = n_embd, H heads of d = D / H
@@ -48,6 +51,7 @@ from torch.nn import functional as F
 MIN_SCORE = -20.0           # the lowest log score, so that every log P is finite
 PADDING = -1e4              # the log P of padding: its P is exactly 0, and no stream attends to it
 NEVER_MEASURED = -math.inf  # a bar that no batch has set yet: every extra reaches it
+ROUNDING = 1e-6             # budgets are compared with this tolerance, as they are saved in float32
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Config:
     n_embd: int = 128
     fork_layers: tuple = (1, 2)    # before which blocks, counted from 0, a fork layer stands; () is a plain GPT
     budget: float = 2.0            # streams per token; 1 means no forks
-    bar_budgets: tuple = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 6.0, 8.0)  # budgets that have a bar
+    bar_budgets: tuple = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 6.0, 8.0)  # `budget` joins them
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -113,8 +117,8 @@ class Tinybubbles(nn.Module):
 
         budget: streams per token in this call; default: the configuration's.
         cache: from `new_cache`. The tokens follow those of earlier calls with it. A call that fails leaves it as is.
-        trace: a list that receives (owner, logp), (B, N) each, of each block's streams: the number of the token
-            that owns it, counted from 0 in the whole text, or -1 for padding; and its log P.
+        trace: a list that receives (owner, logp) for each block. owner (B, N) says which token owns each stream,
+            counted from 0 in the whole text, -1 for padding; logp (B, N) is the stream's log P.
         Raises ValueError for what `check` refuses."""
         budget = self.check(idx, targets, budget, cache)
         logits, stream_counts = self.read(idx, budget, cache, trace)
@@ -129,7 +133,8 @@ class Tinybubbles(nn.Module):
         """The method: embed, then fork and run the blocks, then merge. Returns the logits (B, T, V), and the number
         of streams that this call added to each segment, (segments, B, 1)."""
         B, T = idx.shape
-        # Streams of earlier calls, by segment. The first segment has no forks yet, so filled[0] counts their tokens.
+        # How many streams of earlier calls each segment has. In the first one nothing is forked yet, so filled[0] is
+        # the number of earlier tokens.
         filled = idx.new_zeros(1 + len(self.forks), B, 1) if cache is None else cache.filled
         x = self.drop(self.wte(idx))                                                  # (B, T, D)
         owner = torch.arange(T, device=idx.device).repeat(B, 1)                       # (B, T): a stream for each token
@@ -138,7 +143,7 @@ class Tinybubbles(nn.Module):
         slots = None if cache is None else Slots(cache, 0, streams)
         for layer, block in enumerate(self.blocks):
             if layer in self.config.fork_layers:
-                earlier_extras = filled[len(segments)] - filled[0]                    # (B, 1)
+                earlier_extras = filled[len(segments)] - filled[0]                    # (B, 1), forks they own from here on
                 fork = self.forks[str(layer)]
                 x, owner, logp = fork(x, streams, budget, earlier_extras, cache is not None)
                 streams = Streams(owner, logp, T, filled[0], self.frequency)
@@ -146,12 +151,12 @@ class Tinybubbles(nn.Module):
                 segments.append(streams)
             x = block(x, streams, slots)                                              # (B, N, D)
             if trace is not None:
-                trace.append((torch.where(streams.is_real, streams.number - 1, -1), streams.logp))
-        return self.predict(x, streams), torch.stack([streams.count for streams in segments])
+                trace.append((torch.where(streams.is_real, streams.token_number - 1, -1), streams.logp))
+        return self.predict(x, streams), torch.stack([segment.count for segment in segments])
 
     def predict(self, x, streams):
-        """Merge as the authors' code does: x_t = sum_j P_j x_j over the streams j of token t, which is not divided
-        by the sum of P. Then the norm and the head. x (B, N, D) gives logits (B, T, V)."""
+        """Merge as the authors' code does: x_t is the sum of P_j x_j over the streams j of token t. (The sum is not
+        divided by that of the P.) Then the norm and the head: of x (B, N, D), the logits (B, T, V)."""
         return self.head(streams.sum_per_token(streams.P * x))
 
     def head(self, x):
@@ -181,8 +186,8 @@ class Tinybubbles(nn.Module):
         """An empty Cache for texts of this many rows, to be read at this budget (default: the configuration's) or
         lower ones."""
         budget = self.spendable(budget)
-        segment_budgets = [min(2**forks, budget) for forks in range(1 + len(self.forks))]
-        segment_of_block = [sum(fork <= layer for fork in self.config.fork_layers)
+        segment_budgets = [min(2**segment, budget) for segment in range(1 + len(self.forks))]  # forks double at most
+        segment_of_block = [sum(fork_layer <= layer for fork_layer in self.config.fork_layers)
                             for layer in range(self.config.n_layer)]
         return Cache(self, rows, budget, segment_budgets, segment_of_block)
 
@@ -190,7 +195,8 @@ class Tinybubbles(nn.Module):
     def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None, show=None,
                  compile=False):
         """Continue idx (B, T), int64: returns (B, T + max_new_tokens). Each token is read once, into a cache; when
-        that is full, the last block_size // 2 + 1 tokens are read anew into the empty cache.
+        that is full, the last block_size // 2 + 1 tokens are read anew into the empty cache, which leaves room for
+        as many more: so generating costs about two tokens read for each new one.
 
         temperature: 0 always takes the likeliest token. top_k: sample among the k likeliest; None or 0 means all.
         generator: a torch.Generator. show: a function that is called with each new token (B, 1).
@@ -210,25 +216,26 @@ class Tinybubbles(nn.Module):
                 unread = idx[:, -(block_size // 2 + 1):]
                 cache.clear()
             budget = self.check(unread, None, budget, cache)
-            read = read_one if unread.size(1) == 1 else self.read
-            logits, stream_counts = read(unread, budget, cache, None)
+            step = read_one if unread.size(1) == 1 else self.read
+            logits, stream_counts = step(unread, budget, cache, None)
             if cache is not None:
                 cache.commit(stream_counts, unread.size(1))
-            likeliest, token = logits[:, -1].topk(min(top_k or V, V) if temperature else 1)   # (B, k)
+            k = min(top_k or V, V) if temperature else 1
+            likeliest, token = logits[:, -1].topk(k)                                  # (B, k), falling
             # All are relative to the likeliest, hence at most 0, so no temperature makes them overflow.
             probs = ((likeliest - likeliest[:, :1]) / max(temperature, 1e-9)).softmax(-1)
-            unread = token.gather(1, torch.multinomial(probs, 1, generator=generator))        # (B, 1)
+            unread = token.gather(1, torch.multinomial(probs, 1, generator=generator))  # (B, 1)
             idx = torch.cat((idx, unread), dim=1)
             if show:
                 show(unread)
         return idx
 
 
-def init_matrix(layer, config, added=1):
+def init_matrix(module, config, added=1):
     """Draw a weight matrix from N(0, 2 / (5 D added)), where `added` is how many of its outputs are added to one
     stream. At D = 1,000 that is GPT-2's standard deviation of 0.02, which is too small for small models."""
-    nn.init.normal_(layer.weight, std=math.sqrt(2 / (5 * config.n_embd * added)))
-    return layer
+    nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * config.n_embd * added)))
+    return module
 
 
 # -- fork layers -------------------------------------------------------------------------------------------------
@@ -236,7 +243,7 @@ def init_matrix(layer, config, added=1):
 class Fork(nn.Module):
     """A fork layer (section 2.2): of N streams it makes 2N candidates, and lets some of them survive. Candidates are
     kept as pairs, (B, N, 2): of each stream a new fork, and the stream itself."""
-    originals_fade = False  # an original keeps P = 1, so at a budget of 1 the model is a plain GPT
+    originals_fade = False  # an original keeps P = 1: at a budget of 1 the model is a GPT, but for the score channel
 
     def __init__(self, config):
         super().__init__()
@@ -245,8 +252,8 @@ class Fork(nn.Module):
         self.score = init_matrix(nn.Linear(D, 2, bias=False), config)  # for each of a pair
         self.embedding = nn.Parameter(torch.randn(D) / math.sqrt(D))   # tells a new fork from its parent
         # The budgets are saved with their bars, so that no bar is ever read as another budget's.
-        self.register_buffer("budgets", torch.tensor(config.bar_budgets))                     # (budgets,), rising
-        self.register_buffer("bar", torch.full_like(self.budgets, NEVER_MEASURED))            # (budgets,), log P
+        self.register_buffer("budgets", torch.tensor(config.bar_budgets))             # (R,), rising
+        self.register_buffer("bar", torch.full_like(self.budgets, NEVER_MEASURED))    # (R,), log P
         self.lowest_logp = MIN_SCORE * len(config.fork_layers)
 
     def forward(self, x, streams, budget, earlier_extras, cached):
@@ -259,7 +266,7 @@ class Fork(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             score = F.logsigmoid(self.score(self.ln(x))).clamp(min=MIN_SCORE)         # (B, N, 2)
         if not self.originals_fade:
-            score = score.masked_fill(streams.is_kept_original, 0.0)
+            score = score.masked_fill(kept_originals(streams), 0.0)
         logp = streams.logp.unsqueeze(-1) + score                                     # (B, N, 2)
 
         # Select: every original, and some of the extras. A choice has no gradient; logp keeps its own.
@@ -277,54 +284,66 @@ class Fork(nn.Module):
         return x, owner, logp
 
     def width(self, survives, T, budget, cached):
-        """How many streams the widest row has. To ask the data makes a GPU wait, and a shape that changes cannot be
-        compiled; so a text without a cache gets room for its quota, and a compiled call with one for everything."""
+        """How many streams to keep room for in each row. The widest row would say; but looking at the data makes a
+        GPU wait, and a shape that depends on it cannot be compiled."""
         if not cached:
-            return min(survives.size(1), quota(budget, T))
+            return min(survives.size(1), quota(budget, T))  # no row has more, when it starts without extras
         if torch.compiler.is_compiling():
-            return survives.size(1)
-        return int(survives.sum(1).max())
+            return survives.size(1)                         # room for all candidates of a token or a few
+        return int(survives.sum(1).max())                   # the widest row
 
     def select(self, logp, streams, budget, earlier_extras, learns):
         """The causal rule: which candidates survive, (B, N, 2), given their logp (B, N, 2). Padding does not. learns:
-        whether to move the bar too."""
-        is_extra = streams.is_real.unsqueeze(-1) & ~streams.is_kept_original
-        # A budget that has no bar takes the next higher budget's. That is a lower bar, so more extras are wanted than
-        # may be had, and the quota holds the budget. The budgets are stored as float32, hence the 1e-6.
-        which = (self.budgets < budget - 1e-6).sum(0, keepdim=True)                   # (1,), the place of the bar
-        wanted = is_extra & (logp >= self.bar.gather(0, which))                       # (B, N, 2)
+        whether this is a forward pass of training, which moves the bar."""
+        is_original = kept_originals(streams)                                         # (B, N, 2)
+        is_extra = streams.is_real.unsqueeze(-1) & ~is_original
+        # The bar is that of the lowest budget which is not below ours and has been measured. If that is not our own, the
+        # bar is too low: more extras are wanted than may be had, and the quota trims them. If there is none, all are
+        # wanted. (Tensors say which bar it is, as asking for a number would make a GPU wait.)
+        measured = (self.budgets >= budget - ROUNDING) & (self.bar != NEVER_MEASURED)
+        bar = self.bar.masked_fill(~measured, NEVER_MEASURED).gather(0, measured.int().argmax(0, keepdim=True))
+        wanted = is_extra & (logp >= bar)                                             # (B, N, 2)
         if learns:
-            self.move_bar(which, logp, is_extra, len(logp) * streams.T)
-        # How many extras the tokens up to each stream's own may have. If the budget was lowered within a text, the
-        # earlier tokens may have more than that: they keep theirs, and nothing is admitted until the quota is reached.
-        allowed = (quota(budget, streams.number) - streams.number).maximum(earlier_extras)    # (B, N)
-        # A pair is turned round to be served, the stream before its new fork, and then turned back.
+            self.move_bar(budget, logp, is_extra, tokens=len(logp) * streams.T)
+        # The most extras that the tokens up to and including a stream's own may hold together.
+        allowed = quota(budget, streams.token_number) - streams.token_number          # (B, N)
+        # If the budget was lowered within a text, earlier tokens may hold more. They keep them.
+        allowed = allowed.maximum(earlier_extras)
+        # A pair is flipped to be served, the stream before its new fork, and flipped back.
         in_turn = wanted.flip(-1).flatten(1)                                          # (B, 2N)
         admitted = admit(in_turn, allowed.repeat_interleave(2, dim=1), earlier_extras)
-        return streams.is_kept_original | admitted.unflatten(1, (-1, 2)).flip(-1)
+        return is_original | admitted.unflatten(1, (-1, 2)).flip(-1)
 
     @torch.no_grad()
-    def move_bar(self, which, logp, is_extra, tokens):
+    def move_bar(self, budget, logp, is_extra, tokens):
         """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a tenth of the
         way, or the first time all of it. It is a running statistic, as the mean in BatchNorm is: a forward pass of
         training moves it, after using it. Without gradients or with a cache nothing moves it, so neither validation
-        nor sampling does, even in train mode."""
-        count = ((self.budgets.gather(0, which) - 1) * tokens).round().long()         # (1,), the extras to be had
+        nor sampling does, even in train mode. For a budget that is not in the list, the next higher one's moves."""
+        bar_index = (self.budgets < budget - ROUNDING).sum(0, keepdim=True)           # (1,)
+        r = self.budgets.gather(0, bar_index)
+        extras_to_be_had = ((r - 1) * tokens).round().long()                          # (1,)
         best_first = logp.masked_fill(~is_extra, PADDING).flatten().sort(descending=True).values
-        reached = best_first.gather(0, count.clamp(1, len(best_first)) - 1)
+        reached = best_first.gather(0, extras_to_be_had.clamp(1, len(best_first)) - 1)
         # A little lower, as the extra that sets the bar must not fall under it by rounding. If there are fewer extras
-        # than may be had, all are wanted: no log P is lower than lowest_logp.
+        # than may be had, `reached` is that of padding, and the bar becomes the lowest log P there is: all are wanted.
         target = (reached - 1e-3).clamp(min=self.lowest_logp)
-        bar = self.bar.gather(0, which)
-        self.bar.scatter_(0, which, torch.where(bar == NEVER_MEASURED, target, bar.lerp(target, 0.1)))
+        bar = self.bar.gather(0, bar_index)
+        self.bar.scatter_(0, bar_index, torch.where(bar == NEVER_MEASURED, target, bar.lerp(target, 0.1)))
+
+
+def kept_originals(streams):
+    """Which candidates are originals, (B, N, 2). A pair is a new fork and the stream itself, so only the second of a
+    pair can be one."""
+    return F.pad(streams.is_original.unsqueeze(-1), (1, 0))
 
 
 def quota(budget, t):
     """ceil(budget t): how many streams the first t tokens may own together. t is an int or an int64 tensor.
 
     The product is taken in whole numbers of 1e-12, since that of floats is now and then a little too large, and would
-    be rounded up to one stream too many: 1.1 * 50 is 55.00000000000001. For budgets such as 5/3, which have no end
-    in decimals, half a millionth of a stream too many is forgiven as well."""
+    be rounded up to one stream too many: 1.1 * 50 is 55.00000000000001. For budgets such as 5/3, which no decimal
+    number is, half a millionth of a stream too many is forgiven as well."""
     units = round(budget * 10**12) * t - 500_000
     return -(-units // 10**12)
 
@@ -338,8 +357,9 @@ def admit(wanted, allowed, used):
             admitted[i] = wanted[i] and used < allowed[i]
             used = used + admitted[i]
 
-    At each i, used becomes min(used + wanted[i], allowed[i]). Written out from the start, that is the least of: all
-    that was wanted; and for each earlier place, what was allowed there and all that was wanted since."""
+    In it, used becomes min(used + wanted[i], allowed[i]). Unrolled, that is the least of: what was used at first and all
+    that was wanted up to i; and, for each k <= i, what was allowed at k and all that was wanted after k. With total =
+    cumsum(wanted): min(used + total[i], allowed[k] + total[i] - total[k])."""
     total = wanted.cumsum(1)                                                          # (B, M)
     used_after = total + (allowed - total).cummin(1).values.minimum(used)             # (B, M)
     used_before = torch.cat((used, used_after[:, :-1]), 1)
@@ -355,18 +375,17 @@ class Streams:
     def __init__(self, owner, logp, T, seen, frequency):
         self.owner, self.logp, self.T = owner, logp, T
         self.P = logp.exp().unsqueeze(-1)                                             # (B, N, 1)
-        self.number = seen + owner + 1                                                # (B, N), of the token, from 1
+        self.token_number = seen + owner + 1                                          # (B, N), in the text, from 1
         self.is_real = owner < T                                                      # (B, N)
         self.count = self.is_real.sum(1, keepdim=True)                                # (B, 1)
-        is_original = owner != F.pad(owner[:, 1:], (0, 1), value=T)                   # (B, N), the last of its token
-        self.is_kept_original = F.pad(is_original.unsqueeze(-1), (1, 0))              # (B, N, 2), of the candidates
-        # Rotary positions (appendix D): of the q streams of token t, the one with p others to its right is at
-        # t - p/q. Owners never fall, so a binary search finds where a token's streams begin and end. (It searches in
-        # `number`, as in `owner`, which begins as constants, torch.compile cannot search on a GPU.)
-        begin = torch.searchsorted(self.number, self.number)
-        end = torch.searchsorted(self.number, self.number, right=True)
+        self.is_original = owner != F.pad(owner[:, 1:], (0, 1), value=T)              # (B, N), the last of its token
+        # Rotary positions (appendix D): of the q streams of token t, counted from 1, the one with p others to its right
+        # is at t - p/q. Owners never fall, so a binary search finds where the streams of a token begin and end. (It
+        # searches token_number, not owner: that starts as a constant, which torch.compile cannot search on a GPU.)
+        begin = torch.searchsorted(self.token_number, self.token_number)
+        end = torch.searchsorted(self.token_number, self.token_number, right=True)
         place = torch.arange(owner.size(1), device=owner.device)
-        position = self.number - (end - 1 - place) / (end - begin)                    # (B, N)
+        position = self.token_number - (end - 1 - place) / (end - begin)              # (B, N)
         angle = position[:, None, :, None] * frequency                                # (B, 1, N, d/2)
         self.cos = angle.cos().repeat(1, 1, 1, 2)                                     # (B, 1, N, d)
         self.sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)                     # (B, 1, N, d)
@@ -391,8 +410,9 @@ class CausalSelfAttention(nn.Module):
         weight_ij = softmax over j of (q_i . k_j + log P_j) / sqrt(d)
         y_i       = sum over j of weight_ij P_j v_j
 
-    To add log P_j, the last channel of each head is given up: it is 1 in every q and log P in k, so any attention
-    kernel serves. As in the authors' code, it is taken after the rotation, which loses one half of a pair by it."""
+    so log P_j is scaled as well. To add it, the last channel of each head is given up: there q is 1 and k is log P, so
+    any attention kernel serves. This happens after the rotation, as in the authors' code, so the channel that was
+    rotated together with the last one is left without its partner."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -460,16 +480,17 @@ class Cache:
         self.rows, self.budget = rows, budget
         self.length = 0                                                               # tokens read so far
         self.filled = torch.zeros(len(segment_budgets), rows, 1, dtype=torch.int64, device=device)
-        # A multiple of 16, which suits attention kernels, above the quota: padding may overwrite the last slot.
+        # At least one slot more than the quota of a full context, as padding may be written to the last one (see Slots);
+        # and a multiple of 16, which suits attention kernels.
         sizes = [quota(r, config.block_size) // 16 * 16 + 16 for r in segment_budgets]
-        self.slots = [torch.arange(S, device=device) for S in sizes]                  # (S,) for each segment
+        self.slot_numbers = [torch.arange(S, device=device) for S in sizes]           # (S,) for each segment
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         self.kv = [torch.zeros(2, rows, config.n_head, sizes[segment], d, dtype=dtype, device=device)
                    for segment in segment_of_block]                                   # (2, B, H, S, d) for each block
 
     def commit(self, stream_counts, tokens):
-        """Make what a call has written count: stream_counts (segments, B, 1), of so many tokens."""
+        """Make what a call has written count: stream_counts (segments, B, 1), which belong to this many tokens."""
         self.filled += stream_counts
         self.length += tokens
 
@@ -485,18 +506,21 @@ class Cache:
 
 
 class Slots:
-    """The slots of a cache that the streams of a call take in one segment."""
+    """The slots of a cache that the streams of a call take in one segment: the next free ones of each row. Padding takes
+    slots as well, behind the row's streams, where nothing attends to it and the next call overwrites it. It may not
+    fit in, and then it goes to the last slot."""
 
     def __init__(self, cache, segment, streams):
-        self.cache, every_slot = cache, cache.slots[segment]                          # (S,)
-        next_slots = cache.filled[segment] + torch.arange(streams.owner.size(1), device=every_slot.device)
-        self.slot = next_slots.clamp(max=len(every_slot) - 1)                         # (B, N); only padding is clamped
+        self.cache, every_slot = cache, cache.slot_numbers[segment]                   # (S,)
+        free = cache.filled[segment] + torch.arange(streams.owner.size(1), device=every_slot.device)
+        self.slot = free.clamp(max=len(every_slot) - 1)                               # (B, N)
         is_later = every_slot > self.slot.unsqueeze(-1)                               # (B, N, S)
         self.mask = torch.where(is_later, -math.inf, 0.0).to(cache.kv[0].dtype).unsqueeze(1)  # (B, 1, N, S)
 
     def write(self, layer, k, v):
         """Write the new keys and values (B, H, N, d) of a block, and return all of them, (B, H, S, d) each."""
-        kv, new = self.cache.kv[layer], torch.stack((k, v)).detach()                  # (2, B, H, N, d)
+        kv = self.cache.kv[layer]                                                     # (2, B, H, S, d)
+        new = torch.stack((k, v)).detach().type_as(kv)                                # (2, B, H, N, d)
         kv.scatter_(3, self.slot[:, None, :, None].expand_as(new), new)
         return kv.unbind(0)
 
@@ -509,8 +533,8 @@ class PaperFork(Fork):
     originals_fade = True
 
     def select(self, logp, streams, budget, earlier_extras, learns):
-        """The originals and the best extras, ceil(r T) in all. Of equal candidates the earlier one is better."""
-        best_first = logp.masked_fill(streams.is_kept_original, math.inf).flatten(1).sort(
+        """All originals, and the best extras beside them, ceil(r T) in all. Of equal extras the earlier is better."""
+        best_first = logp.masked_fill(kept_originals(streams), math.inf).flatten(1).sort(
             dim=1, descending=True, stable=True).indices                              # (B, 2N)
         best = best_first[:, :quota(budget, streams.T)]
         survives = torch.zeros_like(logp, dtype=torch.bool).flatten(1).scatter(1, best, True)
@@ -532,7 +556,8 @@ class PaperTinybubbles(Tinybubbles):
         return PaperFork(self.config)
 
     def predict(self, x, streams):
-        """Equation 11: each stream predicts for itself, and p(y|t) = sum_j P_j p_j(y) / sum_j P_j. Returns log p."""
+        """Equation 11: each stream predicts for itself, and p(y|t) = sum_j P_j p_j(y) / sum_j P_j. Returns log p, which
+        serves as logits: a softmax leaves it as it is."""
         if self.merge == "residual":
             return super().predict(x, streams)
         return mixture(self.head(x), streams)

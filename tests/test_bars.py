@@ -68,22 +68,29 @@ def test_nothing_but_training_moves_a_bar():
     assert not torch.equal(bars(model), before)
 
 
-def test_a_budget_that_was_not_trained_has_no_bar_until_it_is_measured_and_takes_the_next_higher_ones():
-    model, idx, counts = random_model(0, fork_layers=(1,)), tokens(0, B=4, T=24), []
+def test_a_budget_that_was_not_measured_takes_the_next_higher_bar_that_was():
+    """Of 1.5, 1.75 and 2.0, of which 2.0 alone was measured, and 1.75 is measured later."""
+    model, idx = random_model(0, fork_layers=(1,)), tokens(0, B=4, T=24)
     fork = model.forks["1"]
-    fork.bar.copy_(-0.1 * torch.arange(len(fork.bar)))
-    for budget in (1.6, 1.75):
+    assert fork.budgets[2:5].tolist() == [1.5, 1.75, 2.0]
+
+    def owners(budget):
         trace = []
-        fork.bar[fork.budgets == 2] = 9.0                             # nothing reaches the bar after the next higher
         model(idx, budget=budget, trace=trace)
-        counts.append(F.one_hot(trace[-1][0] + 1, 25).sum(1)[:, 1:])
-    assert (counts[0] <= counts[1]).all() and counts[0].sum() > idx.numel()
+        return trace[-1][0]
+    fork.bar.fill_(NEVER_MEASURED)
+    all_wanted = owners(1.5)                                          # then the quota alone decides: it is spent at once
+    assert (all_wanted >= 0).sum() == 1.5 * idx.numel()
+    fork.bar[4] = -0.7
+    low = owners(1.5)
+    fork.bar[2:5] = -0.7
+    assert torch.equal(owners(1.5), low) and not torch.equal(low, all_wanted)
+    fork.bar[2:4] = NEVER_MEASURED
     measure_bars(model, idx, [1.75])
-    assert fork.bar[3] not in (-0.3, NEVER_MEASURED) and fork.bar[4] == 9.0
-    fork.bar.fill_(NEVER_MEASURED)                                    # never measured: all are wanted, the quota trims
-    trace = []
-    model(idx, budget=1.5, trace=trace)
-    assert (trace[-1][0] >= 0).sum() == 1.5 * idx.numel()
+    assert fork.bar[3] not in (-0.7, NEVER_MEASURED) and fork.bar[2] == NEVER_MEASURED
+    between = owners(1.6)
+    fork.bar[2], fork.bar[4] = 0.0, 0.0                               # neither a lower budget's nor one above the next
+    assert torch.equal(owners(1.6), between)
 
 
 def test_the_budgets_of_bars_travel_with_them():
