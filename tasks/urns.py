@@ -29,6 +29,12 @@ class Urns:
         self.vocab_size = self.BALLS + len(self.urns)
         self.hard = np.arange(self.T) % 8 == 7                                       # (T,)
 
+    def fingerprint(self):
+        return "urns"
+
+    def scan(self):
+        """All tokens are in the vocabulary."""
+
     def train_batch(self, rng):
         """idx and targets (B, T)."""
         urn = np.where(self.hard, rng.integers(self.EASY, len(self.urns), size=(self.s.batch_size, self.T)),

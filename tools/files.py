@@ -1,7 +1,8 @@
-"""Files: whole or not at all, checkpoints, and the log of a run."""
+"""Files: whole or not at all, the folder of a run, and checkpoints."""
 import contextlib
 import csv
 import dataclasses
+import errno
 import os
 import zipfile
 
@@ -10,24 +11,124 @@ import torch
 from tinybubbles import Config, PaperTinybubbles, Tinybubbles
 from tools.program import refuse
 
+try:
+    import fcntl
+except ImportError:                                                   # Windows: two runs in one folder are not noticed
+    fcntl = None
+
+NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+
 
 def write_atomically(path, write):
     """Have `write(file)` fill a new file beside `path`, then put it in its place: whoever looks sees all or nothing,
-    after a crash too. A disk that is full, or cannot be written to, is a refusal, and what was there stays."""
-    scratch = path.with_name(path.name + ".new")
+    after a crash too. If that fails, it is a refusal, and what was there stays."""
+    os.replace(write_beside(path, write), path)
+
+
+def write_beside(path, write):
+    """Have `write(file)` fill a scratch file of this process beside `path`, down to the disk. Returns its path."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         with open(scratch, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(scratch, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             scratch.unlink()
         disk = error.__context__ if isinstance(error, RuntimeError) else error       # torch.save's own hides the disk's
         reason = getattr(disk, "strerror", None) or str(error).splitlines()[0]
-        refuse(f"{path} cannot be written ({reason}), and what was there is kept; make room, then --resume")
+        fix = "make room" if getattr(disk, "errno", None) in NO_ROOM else f"see to the folder {path.parent}"
+        refuse(f"{path} cannot be written ({reason}), and what was there is kept; {fix}, then go on with --resume")
+    return scratch
 
+
+def make_folder(path, flag):
+    """Make the folder that a flag names, if it is not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"{flag} {str(path)!r} cannot be written to ({error.strerror}); name another folder")
+
+
+# -- the folder of a run ----------------------------------------------------------------------------------------------
+
+class RunFolder:
+    """The folder of a run, of which one process writes ckpt.pt, best.pt and log.csv. A run that starts over leaves the
+    files of the older one in place until its own first checkpoint is written."""
+
+    def __init__(self, path, columns, step, start_over=False):
+        """step: the step that the run goes on from, or None for a new run."""
+        self.path, self.log, self.checkpoint = path, path / "log.csv", path / "ckpt.pt"
+        make_folder(path, "--out_dir")
+        self.lock()
+        for scratch in path.glob("*.new"):                            # of runs that were killed while they wrote
+            scratch.unlink()
+        holds_a_run = self.checkpoint.exists() or (path / "best.pt").exists()
+        if holds_a_run and step is None and not start_over:
+            refuse(f"--out_dir {path} holds a run: go on with it by --resume, name another --out_dir, or replace it by "
+                   "--start_over")
+        self.replaces_a_run = holds_a_run and step is None
+        where = path / f"log.csv.{os.getpid()}.new" if self.replaces_a_run else self.log
+        rows = self.rows_up_to(step, columns) if step is not None else []
+        text = "".join(",".join(row) + "\n" for row in [columns, *rows])
+        write_atomically(where, lambda file: file.write(text.encode()))
+        self.open_log(where, columns)
+
+    def lock(self):
+        """Refuse if another run has this folder. The lock goes when this process does, however it ends."""
+        try:
+            self.lock_file = open(self.path / ".lock", "w")
+            if fcntl:
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refuse(f"--out_dir {self.path} is in use by another run; wait for it, or name another folder")
+        except OSError as error:
+            refuse(f"--out_dir {str(self.path)!r} cannot be written to ({error.strerror}); name another folder")
+
+    def rows_up_to(self, step, columns):
+        """The whole rows of log.csv up to a step. A file that is not as train.py wrote it is set aside."""
+        text = self.log.read_text("utf-8", errors="replace") if self.log.exists() else ""
+        header, *rows = [line.split(",") for line in text.splitlines()] or [[]]
+        if text and header != list(columns):
+            aside = next(name for i in range(1000) if not (name := self.path / f"log-{i}.csv").exists())
+            os.replace(self.log, aside)
+            print(f"{self.log} is not as train.py wrote it; it is kept as {aside}, and a new one begins", flush=True)
+            return []
+        return [row for row in rows if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= step]
+
+    def open_log(self, path, columns):
+        self.log_file = open(path, "a", buffering=1, newline="")
+        self.columns = columns
+
+    def write_row(self, row):
+        """Add a row, a dict, to log.csv."""
+        csv.DictWriter(self.log_file, self.columns, lineterminator="\n").writerow(row)
+
+    def save(self, checkpoint, is_best):
+        """Write a checkpoint, a dict, as ckpt.pt, and as best.pt too if it is the best so far. Both are whole beside
+        the old ones before the first is put in place."""
+        names = ["best.pt", "ckpt.pt"] if is_best else ["ckpt.pt"]
+        scratch = [write_beside(self.path / name, lambda file: torch.save(checkpoint, file)) for name in names]
+        for written, name in zip(scratch, names):
+            os.replace(written, self.path / name)
+        if self.replaces_a_run:
+            if not is_best:
+                (self.path / "best.pt").unlink(missing_ok=True)
+            self.log_file.close()
+            os.replace(self.log_file.name, self.log)
+            self.open_log(self.log, self.columns)
+            self.replaces_a_run = False
+
+    def close(self):
+        """Let another run have the folder."""
+        self.log_file.close()
+        self.lock_file.close()
+        for scratch in self.path.glob(f"*.{os.getpid()}.new"):
+            scratch.unlink()
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
 
 def make_model(config, paper):
     """The model that --paper chooses."""
@@ -55,22 +156,3 @@ def load_checkpoint(path, device, settings_class=None):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         refuse(f"{path} is not a checkpoint of this train.py ({reason}); train again or name another --out_dir")
     return checkpoint, model
-
-
-def make_folder(path, flag):
-    """Make the folder that a flag names, if it is not there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        refuse(f"{flag} {str(path)!r} cannot be written to ({error.strerror}); name another folder")
-
-
-def open_log(path, columns, start):
-    """A csv.DictWriter at the end of `path`, of whose rows the whole ones of steps up to `start` are kept."""
-    make_folder(path.parent, "--out_dir")
-    text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-    rows = [line.split(",") for line in text.splitlines()]
-    rows = [row for row in rows if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= start]
-    kept = "".join(",".join(row) + "\n" for row in [columns, *rows])
-    write_atomically(path, lambda file: file.write(kept.encode()))
-    return csv.DictWriter(open(path, "a", buffering=1, newline=""), columns, lineterminator="\n")

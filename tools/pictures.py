@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import torch
 
+os.environ["MPLBACKEND"] = "Agg"                                             # pictures are files, in a notebook too
 SHADES = "", "30;48;5;189", "30;48;5;111", "97;48;5;26", "97;48;5;17"     # a terminal's: 1, 2, 3, 4, 5 or more streams
 ROW, MOST = 72, 720                                                        # tokens in a row of the picture, and in all
 

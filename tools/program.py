@@ -1,12 +1,14 @@
 """
-What every program here shares: its flags, which are the fields of a dataclass, how it refuses what it cannot do, and
-the device and the processes it runs on.
+What every program here shares: its flags, which are the fields of a dataclass, how it refuses what it cannot do, what
+it prints, how it is stopped, and the device and the processes that it runs on.
 """
 import argparse
 import dataclasses
 import math
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -19,10 +21,12 @@ def refuse(message):
     raise SystemExit(2)
 
 
-def check_finite(loss, step):
-    """Return the loss; if it is NaN or infinite, end the program with exit code 1."""
+def check_finite(loss, step, folder):
+    """Return the loss; if it is NaN or infinite, end the program with exit code 1. folder: of the run's checkpoints."""
     if not math.isfinite(loss):
-        print(f"the loss at step {step} is {loss}; ckpt.pt is kept; try a lower --learning_rate", file=sys.stderr)
+        kept = Path(folder) / "ckpt.pt"
+        print(f"the loss at step {step} is {loss}; {f'{kept} is kept' if kept.exists() else 'nothing was saved yet'}; "
+              "try a lower --learning_rate or --muon_learning_rate", file=sys.stderr)
         raise SystemExit(1)
     return loss
 
@@ -93,13 +97,16 @@ def choose_device(name):
 
 
 def join_processes(device):
-    """(rank, number of processes, device) as torchrun has started them; without torchrun, (0, 1, device)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, number of processes, device) as torchrun has started them; else (0, 1, device), which a RANK or a WORLD_SIZE
+    that something else has left in the environment does not change."""
+    if not all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return 0, 1, device
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
@@ -117,3 +124,54 @@ def in_turn(make, rank, world):
         if world > 1:
             dist.barrier()
     return made
+
+
+def say(text):
+    """Print a line. Where nobody reads any more (a closed pipe, a closed terminal) it is lost, and nothing else is."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")
+
+
+def show_all_characters():
+    """A sample may hold characters that the terminal's encoding lacks: they become question marks."""
+    if hasattr(sys.stdout, "reconfigure"):                            # a notebook's stdout has no encoding
+        sys.stdout.reconfigure(errors="replace")
+
+
+class Stop:
+    """Whether somebody asks the program to stop: by Ctrl-C, by SIGTERM, or by closing its terminal (SIGHUP, unless it is
+    ignored, as under nohup). It is used as `with Stop() as stop`. A second signal ends the program at once."""
+
+    def __init__(self):
+        self.asked, self.before = False, {}
+
+    def __enter__(self):
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        if threading.current_thread() is threading.main_thread():     # no other thread may set a handler
+            for number in (getattr(signal, name) for name in names):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        self.asked = True
+        for number in self.before:
+            signal.signal(number, signal.SIG_DFL)
+        try:                                                          # not print, which may be at work just now
+            os.write(2, b"\nstopping as soon as this step is done and saved; once more to stop at once\n")
+        except OSError:
+            pass
+
+    def agreed(self):
+        """Whether any process was asked. All processes must call this together; it does not wait for a GPU."""
+        if not dist.is_initialized():
+            return self.asked
+        asked = torch.tensor(float(self.asked))
+        dist.all_reduce(asked)
+        return asked.item() > 0
