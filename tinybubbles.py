@@ -18,27 +18,28 @@ Words used here, each with one meaning:
     candidate   what a fork layer chooses from: for each stream, a new fork of it and the stream itself
     extra       a candidate that is not an original: a new fork, or an old fork that would stay
     score       the probability that a fork layer gives to a candidate; the code works with its log
-    P           how much a stream counts. An original has 1. A new fork has its parent's P times its own score, and
-                each later fork layer multiplies it by the score for staying
+    P           how much a stream counts. An original has 1. A new fork has its parent's P times its own score,
+                and each later fork layer multiplies it by the score for staying
     budget r    how many streams a token may own on average (in the picture 1.5)
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
-    bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a list;
-                training at a budget moves its bars, and those of other budgets wait until they are measured
+    bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a
+                list. Training at a budget moves its bars; those of other budgets wait until they are measured
     segment     the blocks between two fork layers, in which the streams stay the same
 
 Four things that are easy to get wrong:
     1. Streams attend causally in the order in which they stand. A fork stands left of its parent, so the parent
        sees the fork, and the fork does not see its parent. All that stand further right see both.
-    2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Alone it would be
-       spent on whatever comes first, so there is the bar, which about r - 1 extras per token reach: an extra below
-       it is refused even if there is room, and the room stays for later, better ones.
+    2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Alone it would
+       be spent on whatever comes first, so there is the bar, which about r - 1 extras per token reach. An extra
+       below it is refused even if there is room, and the room stays for later extras that reach it.
     3. Room is given out from left to right, token by token; within a token every stream is served before its own
        new fork. So a fork never takes its parent's place, and no later token changes an earlier choice.
     4. The loss teaches the scores through P alone. A fork that is not chosen has no P in any block, and so its
        score gets no gradient.
 
-Shapes: B rows, T tokens of this call, N streams (another number in each segment), D = n_embd, H heads of d = D / H
-channels, V words, S slots of a cache. Rows may own different numbers of streams: the rest is padding, on the right.
+Shapes: B rows, T tokens of this call, N streams (another number in each segment), D = n_embd, H heads of
+d = D / H channels, V words, R budgets that have a bar, S slots of a cache. Rows may own different numbers of
+streams: the rest is padding, on the right.
 """
 import math
 import numbers
@@ -56,13 +57,13 @@ ROUNDING = 1e-6             # budgets are compared with this tolerance, as they 
 
 @dataclass
 class Config:
-    """The architecture, and the budget of calls that name none. Raises ValueError for values that cannot be used."""
+    """The architecture, and the budget of calls that name none. A value that cannot be used is a ValueError."""
     vocab_size: int = 256          # 256 for the bytes of a text
     block_size: int = 128          # the most tokens in a context
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
-    fork_layers: tuple = (1, 2)    # before which blocks, counted from 0, a fork layer stands; () is a plain GPT
+    fork_layers: tuple = (1, 2)    # before these blocks, counted from 0, are fork layers; () is a plain GPT
     budget: float = 2.0            # streams per token; 1 means no forks
     bar_budgets: tuple = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 6.0, 8.0)  # `budget` joins them
     dropout: float = 0.0
@@ -105,20 +106,22 @@ class Tinybubbles(nn.Module):
         self.forks = nn.ModuleDict({str(layer): self.new_fork_layer() for layer in config.fork_layers})
         self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
         d = config.n_embd // config.n_head
-        frequency = 10000.0 ** (-torch.arange(0, d, 2) / d)                           # (d/2,), of rotary positions
+        frequency = 10000.0 ** (-torch.arange(0, d, 2) / d)                           # (d/2,), rotary positions'
         self.register_buffer("frequency", frequency, persistent=False)
 
     def new_fork_layer(self):
         return Fork(self.config)
 
     def forward(self, idx, targets=None, *, budget=None, cache=None, trace=None):
-        """Predict the next token after each token of idx (B, T), int64. Returns (logits, loss): logits (B, T, V),
-        float32; loss, in nats, the mean cross-entropy of those targets (B, T) that are not -1, or None without any.
+        """Predict the next token after each token of idx (B, T), int64. Returns (logits, loss). The logits
+        (B, T, V) are float32. The loss, in nats, is the mean cross-entropy of those targets (B, T) that are
+        not -1; without targets it is None.
 
         budget: streams per token in this call; default: the configuration's.
-        cache: from `new_cache`. The tokens follow those of earlier calls with it. A call that fails leaves it as is.
-        trace: a list that receives (owner, logp) for each block. owner (B, N) says which token owns each stream,
-            counted from 0 in the whole text, -1 for padding; logp (B, N) is the stream's log P.
+        cache: from `new_cache`; the tokens follow those of earlier calls with it. A call that fails leaves
+            it as it was.
+        trace: a list that receives (owner, logp) for each block, (B, N) both: which token owns each stream,
+            counted from 0 in the whole text, -1 for padding; and the stream's log P.
         Raises ValueError for what `check` refuses."""
         budget = self.check(idx, targets, budget, cache)
         logits, stream_counts = self.read(idx, budget, cache, trace)
@@ -130,20 +133,20 @@ class Tinybubbles(nn.Module):
         return logits, total / (targets != -1).sum().clamp(min=1)
 
     def read(self, idx, budget, cache, trace):
-        """The method: embed, then fork and run the blocks, then merge. Returns the logits (B, T, V), and the number
-        of streams that this call added to each segment, (segments, B, 1)."""
+        """The method: embed, then fork and run the blocks, then merge. Returns the logits (B, T, V), and the
+        number of streams that this call added to each segment, (segments, B, 1)."""
         B, T = idx.shape
-        # How many streams of earlier calls each segment has. In the first one nothing is forked yet, so filled[0] is
-        # the number of earlier tokens.
+        # How many streams of earlier calls each segment has. In the first one nothing is forked yet, so
+        # filled[0] is the number of earlier tokens.
         filled = idx.new_zeros(1 + len(self.forks), B, 1) if cache is None else cache.filled
         x = self.drop(self.wte(idx))                                                  # (B, T, D)
-        owner = torch.arange(T, device=idx.device).repeat(B, 1)                       # (B, T): a stream for each token
-        streams = Streams(owner, x.new_zeros(B, T), T, filled[0], self.frequency)
+        owner = torch.arange(T, device=idx.device).repeat(B, 1)                       # (B, T), one stream a token
+        streams = Streams(owner, x.new_zeros(B, T), T, filled[0], self.frequency)     # P = 1
         segments = [streams]
         slots = None if cache is None else Slots(cache, 0, streams)
         for layer, block in enumerate(self.blocks):
             if layer in self.config.fork_layers:
-                earlier_extras = filled[len(segments)] - filled[0]                    # (B, 1), forks they own from here on
+                earlier_extras = filled[len(segments)] - filled[0]                    # (B, 1), of earlier calls
                 fork = self.forks[str(layer)]
                 x, owner, logp = fork(x, streams, budget, earlier_extras, cache is not None)
                 streams = Streams(owner, logp, T, filled[0], self.frequency)
@@ -155,8 +158,8 @@ class Tinybubbles(nn.Module):
         return self.predict(x, streams), torch.stack([segment.count for segment in segments])
 
     def predict(self, x, streams):
-        """Merge as the authors' code does: x_t is the sum of P_j x_j over the streams j of token t. (The sum is not
-        divided by that of the P.) Then the norm and the head: of x (B, N, D), the logits (B, T, V)."""
+        """Merge as the authors' code does: x_t is the sum of P_j x_j over the streams j of token t. (The sum
+        is not divided by that of the P.) Then the norm and the head: of x (B, N, D), the logits (B, T, V)."""
         return self.head(streams.sum_per_token(streams.P * x))
 
     def head(self, x):
@@ -167,39 +170,41 @@ class Tinybubbles(nn.Module):
         budget = self.spendable(budget)
         left = self.config.block_size - (0 if cache is None else cache.length)
         if idx.dim() != 2 or len(idx) == 0 or not 1 <= idx.size(1) <= left:
-            raise ValueError(f"idx must be (B, T), B at least 1 and T from 1 to {left}, which is block_size less "
-                             f"the tokens in the cache, not {tuple(idx.shape)}")
+            raise ValueError(f"idx must be (B, T), B at least 1 and T from 1 to {left}, which is block_size less the "
+                             f"tokens in the cache, not {tuple(idx.shape)}")
         if targets is not None and targets.shape != idx.shape:
-            raise ValueError(f"targets must have the shape of idx, {tuple(idx.shape)}, not {tuple(targets.shape)}")
+            raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, not {tuple(targets.shape)}")
         if cache is not None and not self.causal:
-            raise ValueError("the paper's model cannot use a cache: later tokens change earlier ones; use Tinybubbles")
+            raise ValueError("the paper's model cannot use a cache, as later tokens change earlier choices; "
+                             "use Tinybubbles")
         if cache is not None and (len(idx) != cache.rows or budget > cache.budget):
             raise ValueError(f"this cache is for {cache.rows} rows and budgets up to {cache.budget:g}, not for "
-                             f"{len(idx)} rows and {budget:g}; make another one with new_cache")
+                             f"{len(idx)} and {budget:g}; make another one with new_cache")
         return budget
 
     def spendable(self, budget):
-        """The budget of a call, or of the configuration if it names none; at most what the fork layers can spend."""
+        """The budget of a call, or the configuration's if it names none; at most what the forks can spend."""
         return min(check_budget(self.config.budget if budget is None else budget), 2.0 ** len(self.forks))
 
     def new_cache(self, rows, budget=None):
-        """An empty Cache for texts of this many rows, to be read at this budget (default: the configuration's) or
-        lower ones."""
+        """An empty Cache for texts of this many rows, to be read at this budget (default: the
+        configuration's) or lower ones."""
         budget = self.spendable(budget)
-        segment_budgets = [min(2**segment, budget) for segment in range(1 + len(self.forks))]  # forks double at most
+        # Each fork layer doubles the streams at most.
+        segment_budgets = [min(2**segment, budget) for segment in range(1 + len(self.forks))]
         segment_of_block = [sum(fork_layer <= layer for fork_layer in self.config.fork_layers)
                             for layer in range(self.config.n_layer)]
         return Cache(self, rows, budget, segment_budgets, segment_of_block)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None, show=None,
-                 compile=False):
-        """Continue idx (B, T), int64: returns (B, T + max_new_tokens). Each token is read once, into a cache; when
-        that is full, the last block_size // 2 + 1 tokens are read anew into the empty cache, which leaves room for
-        as many more: so generating costs about two tokens read for each new one.
+    def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None,
+                 show=None, compile=False):
+        """Continue idx (B, T), int64: returns (B, T + max_new_tokens). Each token is read once, into a cache;
+        when that is full, the last block_size // 2 + 1 tokens are read anew into the empty cache, which
+        leaves room for as many more: so generating costs about two tokens read for each new one.
 
-        temperature: 0 always takes the likeliest token. top_k: sample among the k likeliest; None or 0 means all.
-        generator: a torch.Generator. show: a function that is called with each new token (B, 1).
+        temperature: 0 always takes the likeliest token. top_k: sample among the k likeliest; None or 0 means
+        all. generator: a torch.Generator. show: a function that is called with each new token (B, 1).
         compile: torch.compile the step that reads one token."""
         assert min(temperature, top_k or 0, max_new_tokens) >= 0
         block_size, V = self.config.block_size, self.config.vocab_size
@@ -232,18 +237,19 @@ class Tinybubbles(nn.Module):
 
 
 def init_matrix(module, config, added=1):
-    """Draw a weight matrix from N(0, 2 / (5 D added)), where `added` is how many of its outputs are added to one
-    stream. At D = 1,000 that is GPT-2's standard deviation of 0.02, which is too small for small models."""
+    """Draw a weight matrix from N(0, 2 / (5 D added)), where `added` is how many of its outputs are added to
+    one stream. At D = 1,000 that is GPT-2's standard deviation of 0.02, which is too small for small
+    models."""
     nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * config.n_embd * added)))
     return module
 
 
-# -- fork layers -------------------------------------------------------------------------------------------------
+# -- fork layers ---------------------------------------------------------------------------------------------
 
 class Fork(nn.Module):
-    """A fork layer (section 2.2): of N streams it makes 2N candidates, and lets some of them survive. Candidates are
-    kept as pairs, (B, N, 2): of each stream a new fork, and the stream itself."""
-    originals_fade = False  # an original keeps P = 1: at a budget of 1 the model is a GPT, but for the score channel
+    """A fork layer (section 2.2): of N streams it makes 2N candidates, and lets some of them survive.
+    Candidates are kept as pairs, (B, N, 2): of each stream a new fork, and the stream itself."""
+    originals_fade = False  # originals keep P = 1, so a budget of 1 is a plain GPT (but for the score channel)
 
     def __init__(self, config):
         super().__init__()
@@ -257,12 +263,13 @@ class Fork(nn.Module):
         self.lowest_logp = MIN_SCORE * len(config.fork_layers)
 
     def forward(self, x, streams, budget, earlier_extras, cached):
-        """Score, select, gather: of the streams x (B, N, D), the surviving candidates as x (B, N', D), owner and
-        logp (B, N').
+        """Score, select, gather: of the streams x (B, N, D), the surviving candidates as x (B, N', D), owner
+        and logp (B, N').
 
-        earlier_extras (B, 1): the forks that tokens of earlier calls own after this layer. cached: whether this call
-        has a cache."""
-        # Score: how likely is each stream to fork, and to stay (eqs. 1-3)? In float32, as close scores decide much.
+        earlier_extras (B, 1): the forks that tokens of earlier calls own after this layer. cached: whether
+        this call has a cache."""
+        # Score: how likely is each stream to fork, and to stay (eqs. 1-3)? In float32, as close scores decide
+        # much.
         with torch.autocast(x.device.type, enabled=False):
             score = F.logsigmoid(self.score(self.ln(x))).clamp(min=MIN_SCORE)         # (B, N, 2)
         if not self.originals_fade:
@@ -271,11 +278,13 @@ class Fork(nn.Module):
 
         # Select: every original, and some of the extras. A choice has no gradient; logp keeps its own.
         learns = self.training and torch.is_grad_enabled() and not cached
-        survives = self.select(logp.detach(), streams, budget, earlier_extras, learns).flatten(1)     # (B, 2N)
+        survives = self.select(logp.detach(), streams, budget, earlier_extras, learns)        # (B, N, 2)
 
         # Gather: a stable sort moves the survivors to the front in their order. Behind them there is padding.
+        # Candidate 2j is a new fork of stream j, and 2j + 1 is stream j itself.
+        survives = survives.flatten(1)                                                # (B, 2N)
         candidate = survives.byte().sort(dim=1, descending=True, stable=True).indices
-        candidate = candidate[:, :self.width(survives, streams.T, budget, cached)]    # (B, N'), 2j + which of pair j
+        candidate = candidate[:, :self.width(survives, streams.T, budget, cached)]    # (B, N')
         parent, is_new = candidate // 2, candidate % 2 == 0
         is_padding = ~survives.gather(1, candidate)
         x = x.take_along_dim(parent.unsqueeze(-1), 1) + is_new.unsqueeze(-1) * self.embedding
@@ -284,8 +293,8 @@ class Fork(nn.Module):
         return x, owner, logp
 
     def width(self, survives, T, budget, cached):
-        """How many streams to keep room for in each row. The widest row would say; but looking at the data makes a
-        GPU wait, and a shape that depends on it cannot be compiled."""
+        """How many streams to keep room for in each row. The widest row would say; but looking at the data
+        makes a GPU wait, and a shape that depends on it cannot be compiled."""
         if not cached:
             return min(survives.size(1), quota(budget, T))  # no row has more, when it starts without extras
         if torch.compiler.is_compiling():
@@ -293,15 +302,17 @@ class Fork(nn.Module):
         return int(survives.sum(1).max())                   # the widest row
 
     def select(self, logp, streams, budget, earlier_extras, learns):
-        """The causal rule: which candidates survive, (B, N, 2), given their logp (B, N, 2). Padding does not. learns:
-        whether this is a forward pass of training, which moves the bar."""
+        """The causal rule: which candidates survive, (B, N, 2), given their logp (B, N, 2). Padding does not.
+        learns: whether this is a forward pass of training, which moves the bar."""
         is_original = kept_originals(streams)                                         # (B, N, 2)
         is_extra = streams.is_real.unsqueeze(-1) & ~is_original
-        # The bar is that of the lowest budget which is not below ours and has been measured. If that is not our own, the
-        # bar is too low: more extras are wanted than may be had, and the quota trims them. If there is none, all are
-        # wanted. (Tensors say which bar it is, as asking for a number would make a GPU wait.)
-        measured = (self.budgets >= budget - ROUNDING) & (self.bar != NEVER_MEASURED)
-        bar = self.bar.masked_fill(~measured, NEVER_MEASURED).gather(0, measured.int().argmax(0, keepdim=True))
+        # The bar is that of the lowest budget which is not below ours and has been measured. If that is not
+        # our own, the bar is too low: more extras are wanted than may be had, and the quota trims them. If
+        # there is none, all are wanted. (Tensors say which bar it is, as asking for a number would make a GPU
+        # wait.)
+        measured = (self.budgets >= budget - ROUNDING) & (self.bar != NEVER_MEASURED)         # (R,)
+        bar_index = measured.int().argmax(0, keepdim=True)                            # (1,), the first
+        bar = self.bar.masked_fill(~measured, NEVER_MEASURED).gather(0, bar_index)    # (1,)
         wanted = is_extra & (logp >= bar)                                             # (B, N, 2)
         if learns:
             self.move_bar(budget, logp, is_extra, tokens=len(logp) * streams.T)
@@ -316,50 +327,52 @@ class Fork(nn.Module):
 
     @torch.no_grad()
     def move_bar(self, budget, logp, is_extra, tokens):
-        """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a tenth of the
-        way, or the first time all of it. It is a running statistic, as the mean in BatchNorm is: a forward pass of
-        training moves it, after using it. Without gradients or with a cache nothing moves it, so neither validation
-        nor sampling does, even in train mode. For a budget that is not in the list, the next higher one's moves."""
+        """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a
+        tenth of the way, or the first time all of it. It is a running statistic, as the mean in BatchNorm is:
+        a forward pass of training moves it, after using it. Without gradients or with a cache nothing moves
+        it, so neither validation nor sampling does, even in train mode. For a budget that is not in the list,
+        the next higher one's moves."""
         bar_index = (self.budgets < budget - ROUNDING).sum(0, keepdim=True)           # (1,)
         r = self.budgets.gather(0, bar_index)
         extras_to_be_had = ((r - 1) * tokens).round().long()                          # (1,)
         best_first = logp.masked_fill(~is_extra, PADDING).flatten().sort(descending=True).values
         reached = best_first.gather(0, extras_to_be_had.clamp(1, len(best_first)) - 1)
-        # A little lower, as the extra that sets the bar must not fall under it by rounding. If there are fewer extras
-        # than may be had, `reached` is that of padding, and the bar becomes the lowest log P there is: all are wanted.
+        # A little lower, as the extra that sets the bar must not fall under it by rounding. If there are
+        # fewer extras than may be had, `reached` is that of padding, and the bar becomes the lowest log P
+        # there is: all are wanted.
         target = (reached - 1e-3).clamp(min=self.lowest_logp)
         bar = self.bar.gather(0, bar_index)
         self.bar.scatter_(0, bar_index, torch.where(bar == NEVER_MEASURED, target, bar.lerp(target, 0.1)))
 
 
 def kept_originals(streams):
-    """Which candidates are originals, (B, N, 2). A pair is a new fork and the stream itself, so only the second of a
-    pair can be one."""
+    """Which candidates are originals, (B, N, 2). A pair is a new fork and the stream itself, so only the
+    second of a pair can be one."""
     return F.pad(streams.is_original.unsqueeze(-1), (1, 0))
 
 
 def quota(budget, t):
     """ceil(budget t): how many streams the first t tokens may own together. t is an int or an int64 tensor.
 
-    The product is taken in whole numbers of 1e-12, since that of floats is now and then a little too large, and would
-    be rounded up to one stream too many: 1.1 * 50 is 55.00000000000001. For budgets such as 5/3, which no decimal
-    number is, half a millionth of a stream too many is forgiven as well."""
+    The product is taken in whole numbers of 1e-12, since that of floats is now and then a little too large,
+    and would be rounded up to one stream too many: 1.1 * 50 is 55.00000000000001. For budgets such as 5/3,
+    which no decimal number is, half a millionth of a stream too many is forgiven as well."""
     units = round(budget * 10**12) * t - 500_000
     return -(-units // 10**12)
 
 
 def admit(wanted, allowed, used):
-    """Give out room from left to right: which of the wanted extras (B, M) are admitted, (B, M), if a row holds used
-    (B, 1) extras to begin with, and may hold allowed (B, M) up to each place. `allowed` never falls along a row, and
-    is nowhere less than `used`. For each row, it does what this loop does:
+    """Give out room from left to right: which of the wanted extras (B, M) are admitted, (B, M), if a row
+    holds used (B, 1) extras to begin with, and may hold allowed (B, M) up to each place. `allowed` never
+    falls along a row, and is nowhere less than `used`. For each row, it does what this loop does:
 
         for i in range(M):
             admitted[i] = wanted[i] and used < allowed[i]
             used = used + admitted[i]
 
-    In it, used becomes min(used + wanted[i], allowed[i]). Unrolled, that is the least of: what was used at first and all
-    that was wanted up to i; and, for each k <= i, what was allowed at k and all that was wanted after k. With total =
-    cumsum(wanted): min(used + total[i], allowed[k] + total[i] - total[k])."""
+    In it, used becomes min(used + wanted[i], allowed[i]). Unrolled, that is the least of: what was used at
+    first and all that was wanted up to i; and, for each k <= i, what was allowed at k and all that was wanted
+    after k. With total = cumsum(wanted): min(used + total[i], allowed[k] + total[i] - total[k])."""
     total = wanted.cumsum(1)                                                          # (B, M)
     used_after = total + (allowed - total).cummin(1).values.minimum(used)             # (B, M)
     used_before = torch.cat((used, used_after[:, :-1]), 1)
@@ -369,19 +382,21 @@ def admit(wanted, allowed, used):
 class Streams:
     """Where the streams of one segment stand, and how much they count.
 
-    owner (B, N): the token of this call that owns each stream, counted from 0; it never falls along a row, and is T
-    for padding. logp (B, N): log P. seen (B, 1): how many tokens of the text earlier calls have read."""
+    owner (B, N): the token of this call that owns each stream, counted from 0; it never falls along a row,
+    and is T for padding. logp (B, N): log P. seen (B, 1): how many tokens of the text earlier calls have
+    read."""
 
     def __init__(self, owner, logp, T, seen, frequency):
         self.owner, self.logp, self.T = owner, logp, T
         self.P = logp.exp().unsqueeze(-1)                                             # (B, N, 1)
-        self.token_number = seen + owner + 1                                          # (B, N), in the text, from 1
+        self.token_number = seen + owner + 1                                          # (B, N), from 1, in the text
         self.is_real = owner < T                                                      # (B, N)
         self.count = self.is_real.sum(1, keepdim=True)                                # (B, 1)
-        self.is_original = owner != F.pad(owner[:, 1:], (0, 1), value=T)              # (B, N), the last of its token
-        # Rotary positions (appendix D): of the q streams of token t, counted from 1, the one with p others to its right
-        # is at t - p/q. Owners never fall, so a binary search finds where the streams of a token begin and end. (It
-        # searches token_number, not owner: that starts as a constant, which torch.compile cannot search on a GPU.)
+        self.is_original = owner != F.pad(owner[:, 1:], (0, 1), value=T)              # (B, N), a token's last
+        # Rotary positions (appendix D): of the q streams of token t, counted from 1, the one with p others to
+        # its right is at t - p/q. Owners never fall, so a binary search finds where the streams of a token
+        # begin and end. (It searches token_number, not owner: that starts as a constant, which torch.compile
+        # cannot search on a GPU.)
         begin = torch.searchsorted(self.token_number, self.token_number)
         end = torch.searchsorted(self.token_number, self.token_number, right=True)
         place = torch.arange(owner.size(1), device=owner.device)
@@ -392,8 +407,8 @@ class Streams:
         self.score_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)  # (2, B, 1, N)
 
     def rotate(self, heads):
-        """Turn the queries or keys (..., B, H, N, d) to the positions of their streams: of a head's two halves (a, b),
-        a becomes a cos - b sin, and b becomes b cos + a sin."""
+        """Turn the queries or keys (..., B, H, N, d) to the positions of their streams: of a head's two
+        halves (a, b), a becomes a cos - b sin, and b becomes b cos + a sin."""
         return heads * self.cos + heads.roll(heads.size(-1) // 2, -1) * self.sin
 
     def sum_per_token(self, values):
@@ -402,7 +417,7 @@ class Streams:
         return values.new_zeros(len(values), self.T, values.size(-1)).scatter_add(1, index, values)
 
 
-# -- the network -------------------------------------------------------------------------------------------------
+# -- the network ---------------------------------------------------------------------------------------------
 
 class CausalSelfAttention(nn.Module):
     """Score-attenuated attention (eqs. 7-8). In each head, stream i attends to the streams j <= i:
@@ -410,9 +425,9 @@ class CausalSelfAttention(nn.Module):
         weight_ij = softmax over j of (q_i . k_j + log P_j) / sqrt(d)
         y_i       = sum over j of weight_ij P_j v_j
 
-    so log P_j is scaled as well. To add it, the last channel of each head is given up: there q is 1 and k is log P, so
-    any attention kernel serves. This happens after the rotation, as in the authors' code, so the channel that was
-    rotated together with the last one is left without its partner."""
+    so log P_j is scaled as well. To add it, the last channel of each head is given up: there q is 1 and k is
+    log P, so any attention kernel serves. This happens after the rotation, as in the authors' code, so the
+    channel that was rotated together with the last one is left without its partner."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -465,14 +480,15 @@ class Block(nn.Module):
         return x
 
 
-# -- cached decoding ---------------------------------------------------------------------------------------------
+# -- cached decoding -----------------------------------------------------------------------------------------
 
 class Cache:
-    """The keys and values of all streams that were read so far, without gradients. Its memory is taken at once, so
-    that no shape changes later. The streams of a row fill its slots from the left. A call writes to the free slots
-    behind them, and `commit` makes them count when the call has come through its last block.
+    """The keys and values of all streams that were read so far, without gradients. Its memory is taken at
+    once, so that no shape changes later. The streams of a row fill its slots from the left. A call writes to
+    the free slots behind them, and `commit` makes them count when the call has come through its last block.
 
-    segment_budgets: the most streams per token in each segment. segment_of_block: the segment of each block."""
+    segment_budgets: the most streams per token in each segment. segment_of_block: the segment of each
+    block."""
 
     def __init__(self, model, rows, budget, segment_budgets, segment_of_block):
         config, weight = model.config, model.wte.weight
@@ -480,17 +496,17 @@ class Cache:
         self.rows, self.budget = rows, budget
         self.length = 0                                                               # tokens read so far
         self.filled = torch.zeros(len(segment_budgets), rows, 1, dtype=torch.int64, device=device)
-        # At least one slot more than the quota of a full context, as padding may be written to the last one (see Slots);
-        # and a multiple of 16, which suits attention kernels.
+        # At least one slot more than the quota of a full context, as padding may be written to the last one
+        # (see Slots); and a multiple of 16, which suits attention kernels.
         sizes = [quota(r, config.block_size) // 16 * 16 + 16 for r in segment_budgets]
         self.slot_numbers = [torch.arange(S, device=device) for S in sizes]           # (S,) for each segment
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
         self.kv = [torch.zeros(2, rows, config.n_head, sizes[segment], d, dtype=dtype, device=device)
-                   for segment in segment_of_block]                                   # (2, B, H, S, d) for each block
+                   for segment in segment_of_block]                                   # (2, B, H, S, d) each
 
     def commit(self, stream_counts, tokens):
-        """Make what a call has written count: stream_counts (segments, B, 1), which belong to this many tokens."""
+        """Make what a call has written count: stream_counts (segments, B, 1), of so many tokens a row."""
         self.filled += stream_counts
         self.length += tokens
 
@@ -506,9 +522,9 @@ class Cache:
 
 
 class Slots:
-    """The slots of a cache that the streams of a call take in one segment: the next free ones of each row. Padding takes
-    slots as well, behind the row's streams, where nothing attends to it and the next call overwrites it. It may not
-    fit in, and then it goes to the last slot."""
+    """The slots of a cache that the streams of a call take in one segment: the next free ones of each row.
+    Padding takes slots as well, behind the row's streams, where nothing attends to it and the next call
+    overwrites it. It may not fit in, and then it goes to the last slot."""
 
     def __init__(self, cache, segment, streams):
         self.cache, every_slot = cache, cache.slot_numbers[segment]                   # (S,)
@@ -518,22 +534,22 @@ class Slots:
         self.mask = torch.where(is_later, -math.inf, 0.0).to(cache.kv[0].dtype).unsqueeze(1)  # (B, 1, N, S)
 
     def write(self, layer, k, v):
-        """Write the new keys and values (B, H, N, d) of a block, and return all of them, (B, H, S, d) each."""
+        """Write the new keys and values (B, H, N, d) of a block. Returns all of them, (B, H, S, d) each."""
         kv = self.cache.kv[layer]                                                     # (2, B, H, S, d)
         new = torch.stack((k, v)).detach().type_as(kv)                                # (2, B, H, N, d)
         kv.scatter_(3, self.slot[:, None, :, None].expand_as(new), new)
         return kv.unbind(0)
 
 
-# -- the paper's model -------------------------------------------------------------------------------------------
+# -- the paper's model ---------------------------------------------------------------------------------------
 
 class PaperFork(Fork):
-    """The paper's fork layer: originals fade as all streams do, and the best candidates of the whole sequence survive
-    (eqs. 4-5), so a later token can evict an earlier one's fork. It has no use for a bar."""
+    """The paper's fork layer: originals fade as all streams do, and the best candidates of the whole sequence
+    survive (eqs. 4-5), so a later token can evict an earlier one's fork. It has no use for a bar."""
     originals_fade = True
 
     def select(self, logp, streams, budget, earlier_extras, learns):
-        """All originals, and the best extras beside them, ceil(r T) in all. Of equal extras the earlier is better."""
+        """All originals, and the best extras, ceil(r T) in all. Of equal extras the earlier one is better."""
         best_first = logp.masked_fill(kept_originals(streams), math.inf).flatten(1).sort(
             dim=1, descending=True, stable=True).indices                              # (B, 2N)
         best = best_first[:, :quota(budget, streams.T)]
@@ -542,8 +558,8 @@ class PaperFork(Fork):
 
 
 class PaperTinybubbles(Tinybubbles):
-    """The paper's model; with merge="residual", the authors' JAX code. No cache is valid, so it generates by reading
-    the whole text anew for each token."""
+    """The paper's model; with merge="residual", the authors' JAX code. No cache is valid, so it generates by
+    reading the whole text anew for each token."""
     causal = False
 
     def __init__(self, config, merge="probability"):
@@ -556,23 +572,23 @@ class PaperTinybubbles(Tinybubbles):
         return PaperFork(self.config)
 
     def predict(self, x, streams):
-        """Equation 11: each stream predicts for itself, and p(y|t) = sum_j P_j p_j(y) / sum_j P_j. Returns log p, which
-        serves as logits: a softmax leaves it as it is."""
+        """Equation 11: each stream predicts for itself, and p(y|t) = sum_j P_j p_j(y) / sum_j P_j. Returns
+        log p, which serves as logits: a softmax leaves it as it is."""
         if self.merge == "residual":
             return super().predict(x, streams)
         return mixture(self.head(x), streams)
 
 
 def mixture(logits, streams):
-    """The mean, weighted by P, of the distributions that each token's streams predict by their logits (B, N, V):
-    log-probabilities (B, T, V)."""
+    """The mean, weighted by P, of the distributions that each token's streams predict by their logits (B, N,
+    V): log-probabilities (B, T, V)."""
     logp = streams.logp.unsqueeze(-1)                                                 # (B, N, 1)
     return logsumexp_per_token(logp + logits.log_softmax(-1), streams) - logsumexp_per_token(logp, streams)
 
 
 def logsumexp_per_token(values, streams):
-    """log(sum(exp(values))) over the streams of each token: (B, N, C) to (B, T, C). As usual, the largest value is
-    subtracted first and added again at the end, so that exp is never too large or too small."""
+    """log(sum(exp(values))) over the streams of each token: (B, N, C) to (B, T, C). As usual, the largest
+    value is subtracted first and added again at the end, so that exp is never too large or too small."""
     index = streams.owner.clamp(max=streams.T - 1).unsqueeze(-1).expand_as(values)
     largest = values.new_full((len(values), streams.T, values.size(-1)), -math.inf)
     largest = largest.scatter_reduce(1, index, values.detach(), "amax")               # (B, T, C)
