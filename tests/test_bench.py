@@ -17,14 +17,36 @@ def test_the_rival_is_a_textbook_gpt_with_or_without_its_cache():
     gpt = bench.GPT(config)
     for p in gpt.parameters():
         torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)
+    full, loss = gpt(idx)
+    assert loss is None
+
     twin = torch.nn.Module()                                          # the same weights by the model's names
     names = {re.sub(r"(\d)\.(qkv|proj)", r"\1.attn.\2", name): p for name, p in gpt.named_parameters()}
     twin.named_parameters, twin.config = names.items, config
-    full, kv = gpt(idx), torch.zeros(3, 2, 2, 2, 24, 8)
-    steps = [gpt(idx[:, t:t + 1], kv=kv, seen=t) for t in range(12)]
-    assert (torch.cat(steps, 1) - full).abs().max() < 2e-5
-    assert (plain_gpt(twin, idx) - full).abs().max() < 2e-5
-    assert torch.allclose(gpt(idx, idx), F.nll_loss(full.flatten(0, 1), idx.flatten()))
+    assert (plain_gpt(twin, idx) - full.log_softmax(-1)).abs().max() < 2e-5
+
+    for seen in (int, lambda t: torch.tensor([t])):                   # over what is filled, and over the whole room
+        kv = torch.zeros(3, 2, 2, 2, 24, 8)
+        steps = [gpt(idx[:, t:t + 1], kv=kv, seen=seen(t))[0] for t in range(12)]
+        assert (torch.cat(steps, 1) - full).abs().max() < 2e-5
+
+    logits, loss = gpt(idx, idx)
+    assert torch.equal(logits, full) and torch.allclose(loss, F.cross_entropy(full.flatten(0, 1), idx.flatten()))
+
+
+def test_the_rival_computes_as_many_positions_in_each_block_as_bubbles_do(monkeypatch):
+    config, computed = Config(n_layer=4, n_head=2, n_embd=16, fork_layers=(1, 3), budget=2.5), []
+    counts = bench.positions_per_block(config, 12)
+    assert counts == [12, 24, 24, 30]
+    attend = F.scaled_dot_product_attention
+
+    def look(q, k, v, attn_mask, is_causal, dropout_p=0.0):
+        computed.append(q.size(2))
+        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    gpt, idx = bench.GPT(config, counts), tokens(0)
+    bench.Tinybubbles(config)(idx)
+    assert gpt(idx)[0].shape == (2, 12, 256) and computed == counts + counts
 
 
 def test_rows_are_measured_once_and_a_table_is_written(tmp_path, capsys):
