@@ -33,84 +33,125 @@ from tools.program import choose_device, knob, or_refuse, read_flags, refuse  # 
 from train import Settings as TrainSettings  # noqa: E402
 
 TOKENS, BUDGET, BAR = "abcd", 1.5, 0.5
-SCORES = [  # (fork, keep) probabilities of every stream; originals are always kept
+SCORES = [  # of each stream that comes to a fork layer: of its new fork, and of itself; an original's own is always 1
     [(.7, 1), (.9, 1), (.6, 1), (.8, 1)],                             # at the first fork layer: a b c d
-    [(.3, .8), (.4, 1), (.2, 1), (.2, .1), (.3, 1), (.8, 1)],         # at the second: a' a b c' c d
+    [(.9, .8), (.4, 1), (.2, 1), (.2, .1), (.3, 1), (.8, 1)],         # at the second: a' a b c' c d
 ]
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]                 # Okabe and Ito's, safe for colour-blind readers
+INK = "#333333"
 
 
 def worked_example():
-    """[(tok, P, parents)] after the embedding and after each fork layer, lists over streams; a parent is
-    (stream of the row before, forked from it rather than kept)."""
-    x, tok, logp = torch.zeros(1, 4, 2), torch.arange(4)[None], torch.zeros(1, 4)
-    rows, first = [(tok[0].tolist(), [1.0] * 4, None)], torch.ones(1, 1, dtype=torch.int64)
+    """The streams of the README's example after the embedding and after each fork layer: levels (owner, P, parents),
+    each a list over streams. A parent is (the number of a stream one level below, was it forked rather than kept?)."""
+    owner, logp = torch.arange(4)[None], torch.zeros(1, 4)
+    levels = [(owner[0].tolist(), [1.0] * 4, None)]
+    seen = torch.zeros(1, 1, dtype=torch.int64)
     for scores in SCORES:
         fork = Fork(Config(n_embd=2, n_head=1, budget=BUDGET)).eval()
         fork.bar.fill_(math.log(BAR))
-        torch.nn.init.constant_(fork.embedding, 100)
         fork.score.forward = lambda x: torch.tensor([scores]).logit().clamp(max=50)
-        x = torch.arange(x.size(1)).float().view(1, -1, 1).expand(-1, -1, 2)      # each stream carries its own number
-        streams = Streams(tok, logp, 4, first, torch.ones(2), None, 0)
-        x, tok, logp = fork(x, streams, BUDGET, first - 1, None)
+        # Each stream carries its own number, and to a new fork's 100 is added.
+        torch.nn.init.constant_(fork.embedding, 100)
+        x = torch.arange(len(scores)).float().view(1, -1, 1).expand(-1, -1, 2)
+        streams = Streams(owner, logp, 4, seen, torch.ones(1))
+        x, owner, logp = fork(x, streams, BUDGET, seen, False)
         parents = [(int(number) % 100, number >= 100) for number in x[0, :, 0].tolist()]
-        rows.append((tok[0].tolist(), logp[0].exp().tolist(), parents))
-    return rows
+        levels.append((owner[0].tolist(), logp[0].exp().tolist(), parents))
+    return levels
 
 
-def positions(tok):
-    """The streams' fractional positions k - p/q."""
-    count = [tok.count(t) for t in tok]
-    return [t + 1 - (tok.index(t) + tok.count(t) - 1 - i) / count[i] for i, t in enumerate(tok)]
+def fates(levels, number):
+    """What becomes of the extras at fork layer `number`, counted from 1: for each stream that comes in, lines of text."""
+    (owner, P, _), survivors, lines = levels[number - 1], levels[number][2], []
+    for j, (fork_score, own_score) in enumerate(SCORES[number - 1]):
+        fork = fate("fork", P[j] * fork_score, (j, True) in survivors)
+        stay = fate("stay", P[j] * own_score, (j, False) in survivors)
+        lines.append([fork] if is_original(owner, j) else [stay, fork])
+    return lines
+
+
+def fate(verb, P, survives):
+    """What becomes of one extra: it survives, there is no room for it, or it does not reach the bar."""
+    if survives:
+        return f"{verb}s, {P:.2g}"
+    return f"{verb} {P:.2g}: full" if P >= BAR else f"{verb} {P:.2g} < {BAR}"
+
+
+def is_original(owner, i):
+    """Is stream i the last one of its token?"""
+    return i + 1 == len(owner) or owner[i + 1] != owner[i]
+
+
+def positions(owner):
+    """The streams' fractional positions t - p/q."""
+    count = [owner.count(t) for t in owner]
+    return [t + 1 - (owner.index(t) + owner.count(t) - 1 - i) / count[i] for i, t in enumerate(owner)]
+
+
+# In the picture, level i begins at height 1.5 i; its streams run from there up to the fork layer or the merge.
+LEVEL, FORK_LAYER, MERGE = 1.5, 0.85, 0.8
 
 
 def draw_method(path):
     """The worked example of the README as a picture."""
-    rows = worked_example()
-    figure, axes = plt.subplots(figsize=(9, 5.6), layout="constrained")
-    heights = [0, 1.5, 3]
-    for level, (tok, P, parents) in enumerate(rows):
-        x, y = positions(tok), heights[level]
-        axes.axhspan(y + 0.28, y + 0.62, color="#eeeeee", zorder=0)
-        axes.text(0.02, y + 0.45, ("block 0", "block 1", "block 2")[level], va="center", fontsize=10, color="#333333")
-        for i, t in enumerate(tok):
-            original = i + 1 == len(tok) or tok[i + 1] != t
-            top = y + 0.9 if level < 2 else y + 0.8
-            axes.plot([x[i]] * 2, [y, top], color=COLORS[t], linewidth=1 + 4 * P[i], alpha=0.35 + 0.65 * P[i], zorder=1)
-            face, ink = (COLORS[t], "white") if original else ("white", COLORS[t])
-            axes.scatter(x[i], y, s=330, color=face, edgecolor=COLORS[t], linewidth=2, zorder=3)
-            axes.text(x[i], y, TOKENS[t] + ("" if original else "\u2032"), color=ink, fontsize=12, ha="center",
-                      va="center", zorder=4)
-            if level:
-                axes.text(x[i] + 0.11, y - 0.04, f"P {P[i]:.2g}", fontsize=8, color="#333333", va="center")
-        if parents is not None:
-            draw_fork(axes, rows[level - 1][0], tok, parents, heights[level - 1] + 0.9, y)
-    for t, letter in enumerate(TOKENS):
-        last = [p for p, owner in zip(positions(rows[-1][0]), rows[-1][0]) if owner == t]
-        for p in last:
-            axes.plot([p, t + 1], [heights[-1] + 0.8, heights[-1] + 1.25], color=COLORS[t], linewidth=2, zorder=1)
-        axes.text(t + 1, heights[-1] + 1.36, f"p(next | {TOKENS[:t + 1]})", ha="center", va="bottom", fontsize=10)
-    for y, text in ((1.2, "fork layer"), (2.7, "fork layer"), (4.02, "merge")):
-        axes.text(0.02, y, text, va="center", fontsize=10, fontweight="bold", color="#333333")
-    axes.set(xlim=(0, 4.5), ylim=(-0.45, 4.65), yticks=[], xticks=[0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4])
+    levels = worked_example()
+    figure, axes = plt.subplots(figsize=(10, 6.8), layout="constrained")
+    for number, (owner, P, _) in enumerate(levels):
+        bottom = LEVEL * number
+        draw_streams(axes, owner, P, bottom, bottom + (FORK_LAYER if number < 2 else MERGE))
+        axes.axhspan(bottom + 0.28, bottom + 0.6, color="#eeeeee", zorder=0)
+        axes.text(0.02, bottom + 0.44, f"block {number}", va="center", fontsize=10, color=INK)
+        if number > 0:
+            draw_fork_layer(axes, levels, number)
+    draw_merge(axes, levels[-1][0], LEVEL * 2 + MERGE)
+    axes.set(xlim=(0, 4.6), ylim=(-0.3, 4.6), yticks=[], xticks=[0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4])
     axes.set_xlabel("rotary position")
-    axes.set_title(f"Four tokens at a budget of {BUDGET} streams per token: a and c fork; then a keeps its fork, c's "
-                   "is deleted, and d forks", fontsize=11)
+    axes.set_title(f"Four tokens at a budget of {BUDGET} streams per token and a bar of {BAR}: a and c fork; then "
+                   "a\u2032 stays, c\u2032 is deleted, and d forks", fontsize=11)
+    figure.supxlabel(f"A fork, new or old, survives if its P reaches the bar, {BAR}, and the quota is not full: "
+                     f"ceil({BUDGET} t) streams for the first t tokens.\nStreams are served from left to right, each "
+                     "before its own new fork: so a\u2032 stays, although its fork has the higher P.",
+                     fontsize=10, color=INK)
     for side in ("left", "top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)
 
 
-def draw_fork(axes, old, new, parents, bottom, top):
-    """The lines of one fork layer: kept (solid), forked (dashed), deleted (a cross)."""
+def draw_streams(axes, owner, P, bottom, top):
+    """One level: each stream as a disc with its name and its P, a ring for a fork, and a line as strong as its P."""
+    for i, (t, x) in enumerate(zip(owner, positions(owner))):
+        original, color = is_original(owner, i), COLORS[t]
+        axes.plot([x, x], [bottom, top], color=color, linewidth=1 + 4 * P[i], alpha=0.35 + 0.65 * P[i], zorder=1)
+        axes.scatter(x, bottom, s=330, color=color if original else "white", edgecolor=color, linewidth=2, zorder=3)
+        axes.text(x, bottom, TOKENS[t] if original else TOKENS[t] + "\u2032", color="white" if original else color,
+                  fontsize=12, ha="center", va="center", zorder=4)
+        if bottom > 0:
+            axes.text(x + 0.1, bottom - 0.03, f"P {P[i]:.2g}", fontsize=9, color=INK, va="center")
+
+
+def draw_fork_layer(axes, levels, number):
+    """One fork layer: what stays (solid), what is forked (dashed), what is deleted (a cross); and why, in words."""
+    (old, _, _), (new, _, parents) = levels[number - 1:number + 1]
+    bottom, top = LEVEL * (number - 1) + FORK_LAYER, LEVEL * number - 0.12
     before, after = positions(old), positions(new)
+    axes.text(0.02, (bottom + top) / 2, "fork layer", va="center", fontsize=10, fontweight="bold", color=INK)
     for i, (j, forked) in enumerate(parents):
-        axes.plot([before[j], after[i]], [bottom, top - 0.13], color=COLORS[new[i]], linewidth=1.5, zorder=2,
-                  linestyle="--" if forked else "-")
-    for j in set(range(len(old))) - {j for j, forked in parents if not forked}:
-        axes.scatter(before[j], bottom, marker="x", s=90, color="#222222", linewidth=2.5, zorder=5)
-        axes.text(before[j] + 0.09, bottom + 0.06, "deleted", fontsize=8.5, color="#222222")
+        axes.plot([before[j], after[i]], [bottom, top], "--" if forked else "-", color=COLORS[new[i]], zorder=2)
+    for j, lines in enumerate(fates(levels, number)):
+        if (j, False) not in parents:
+            axes.scatter(before[j], bottom, marker="x", s=90, color="#222222", linewidth=2.5, zorder=5)
+            lines = ["deleted", *lines]
+        axes.text(before[j] + 0.04, bottom + 0.03, "\n".join(lines), fontsize=9, color=INK, va="bottom")
+
+
+def draw_merge(axes, owner, bottom):
+    axes.text(0.02, bottom + 0.22, "merge", va="center", fontsize=10, fontweight="bold", color=INK)
+    for x, t in zip(positions(owner), owner):
+        axes.plot([x, t + 1], [bottom, bottom + 0.45], color=COLORS[t], linewidth=2, zorder=1)
+    for t in range(len(TOKENS)):
+        axes.text(t + 1, bottom + 0.5, f"p(next | {TOKENS[:t + 1]})", ha="center", va="bottom", fontsize=10)
 
 
 # -- a trained model --------------------------------------------------------------------------------------------------
@@ -135,20 +176,22 @@ def spearman(a, b):
 
 @torch.no_grad()
 def entropy(model, gpt, idx, budget):
-    """Streams in the last block against the entropy of the prediction, this model's and a plain GPT's: for each rho,
-    and by tenths of the tokens mean entropy and mean streams, with intervals."""
-    parts = [[], [], []]
+    """How the number of a token's streams in the last block goes with the entropy of the prediction, this model's and
+    a plain GPT's. For each: the rank correlation rho, and of tenths of the tokens, sorted by entropy, the mean entropy
+    and the mean number of streams; with intervals."""
+    counts, entropies = [], {"this model's": [], "a plain GPT's": []}
     for row in idx.split(1):
-        streams = []
-        own, of_gpt = model(row, budget=budget, streams=streams)[0], gpt(row)[0]
-        parts[0].append(count_streams(streams)[-1].numpy())
-        for part, log_probs in zip(parts[1:], (own, of_gpt)):
-            part.append(-(log_probs.exp() * log_probs).sum(-1)[0].cpu().numpy())
-    count, found = np.stack(parts[0]), {}
-    for name, part in (("this model's", parts[1]), ("a plain GPT's", parts[2])):
-        H = np.stack(part)                                            # (windows, T)
+        trace = []
+        both = model(row, budget=budget, trace=trace)[0], gpt(row)[0]
+        counts.append(count_streams(trace)[-1].numpy())
+        for values, logits in zip(entropies.values(), both):
+            log_probs = logits[0].log_softmax(-1)                     # (T, V)
+            values.append(-(log_probs.exp() * log_probs).sum(-1).cpu().numpy())
+    count, found = np.stack(counts), {}                               # (windows, T)
+    for name, values in entropies.items():
+        H = np.stack(values)                                          # (windows, T)
         tenth = np.searchsorted(np.quantile(H, np.arange(1, 10) / 10), H)
-        mean = lambda count, tenth: np.array([count[tenth == i].mean() for i in range(10)])
+        mean = lambda values, tenth: np.array([values[tenth == i].mean() for i in range(10)])
         found[name] = dict(rho=over_windows(spearman, count, H).tolist(), entropy=mean(H, tenth).tolist(),
                            streams=over_windows(mean, count, tenth).T.tolist())
     return found
@@ -166,30 +209,40 @@ def draw_entropy(found, axes):
 def attention(model, idx, budget):
     """In each block after the first fork layer: the mean attention that an original which has forks pays to one of
     them, to the original of the token before, and to a stream of an earlier token; with intervals."""
-    real, sums = F.scaled_dot_product_attention, []                   # (windows, blocks, 3 targets, sum and number)
+    names, sums = ("its own fork", "the token before", "an earlier stream"), []
+    blocks = range(min(model.config.fork_layers), model.config.n_layer)
     for row in idx.split(1):
-        weights, streams, look = [], [], []
-
-        def seen(q, k, v, **how):
-            later = torch.ones(q.size(2), k.size(2), device=q.device).triu(1).bool()
-            logits = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(later, -math.inf)
-            weights.append(logits.softmax(-1).mean((0, 1)))           # (N, N), the mean over heads
-            return real(q, k, v, **how)
-        with mock.patch.object(F, "scaled_dot_product_attention", seen):
-            model(row, budget=budget, streams=streams)
-        for l in range(min(model.config.fork_layers), model.config.n_layer):
-            tok, there = streams[l][0][0], streams[l][0][0] >= 0
-            original = there & (tok != F.pad(tok[1:], (0, 1), value=-2))
-            asks = original & (torch.bincount(tok[there], minlength=len(tok))[tok.clamp(min=0)] > 1)
-            query, key = tok[:, None], tok[None]
-            targets = (query == key) & ~original, (query == key + 1) & original, (query > key) & there
-            pairs = [target & asks[:, None] for target in targets]
-            look.append([[weights[l][pair].sum().item(), pair.sum().item()] for pair in pairs])
-        sums.append(look)
+        weights, trace = attention_weights(model, row, budget)
+        sums.append([sum_by_target(weights[layer], trace[layer][0][0]) for layer in blocks])
     mean = lambda sums: sums.sum(0)[..., 0] / np.maximum(1, sums.sum(0)[..., 1])
-    found, names = over_windows(mean, np.array(sums)), ("its own fork", "the token before", "an earlier stream")
-    return {f"block {l}": {name: found[:, i, j].tolist() for j, name in enumerate(names)}
-            for i, l in enumerate(range(min(model.config.fork_layers), model.config.n_layer))}
+    found = over_windows(mean, np.array(sums))                        # (3, blocks, targets)
+    return {f"block {layer}": {name: found[:, i, j].tolist() for j, name in enumerate(names)}
+            for i, layer in enumerate(blocks)}
+
+
+def attention_weights(model, row, budget):
+    """When the model reads a row (1, T): each block's attention weights (N, N), a mean over heads; and the trace."""
+    attend, weights, trace = F.scaled_dot_product_attention, [], []
+
+    def look(q, k, v, attn_mask, is_causal, dropout_p):
+        is_later = torch.ones(q.size(2), k.size(2), device=q.device).triu(1).bool()
+        logits = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(is_later, -math.inf)
+        weights.append(logits.softmax(-1).mean((0, 1)))
+        return attend(q, k, v, attn_mask, dropout_p, is_causal)
+    with mock.patch.object(F, "scaled_dot_product_attention", look):
+        model(row, budget=budget, trace=trace)
+    return weights, trace
+
+
+def sum_by_target(weights, owner):
+    """Of the weights (N, N) with which originals that have forks attend to each of the three targets, the sum and the
+    number: [[sum, number], ...]. owner (N,)"""
+    is_real = owner >= 0
+    is_original = is_real & (owner != F.pad(owner[1:], (0, 1), value=-2))
+    has_forks = torch.bincount(owner[is_real], minlength=len(owner))[owner.clamp(min=0)] > 1
+    asks, query, key = (is_original & has_forks)[:, None], owner[:, None], owner[None]
+    targets = (query == key) & ~is_original, (query == key + 1) & is_original, (query > key) & is_real
+    return [[weights[asks & target].sum().item(), (asks & target).sum().item()] for target in targets]
 
 
 def draw_attention(found, axes):

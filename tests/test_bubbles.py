@@ -47,22 +47,22 @@ def model():
 
 @pytest.mark.parametrize("budget", [1.0, 1.4, 2.3])
 def test_the_map_counts_every_stream_and_every_deletion(model, budget):
-    """Against what each fork layer chose, kept and forked, read from the mask of its survivors."""
+    """Against what each fork layer chose, read from its answer which candidates survive."""
     idx, chosen = torch.randint(40, (1, 12)), {}
-    for l, fork in model.forks.items():
-        def select(logp, safe, streams, *rest, fork=fork, l=int(l)):
-            survives = type(fork).select(fork, logp, safe, streams, *rest)
-            chosen[l] = streams.tok[0], survives[0, 0::2], survives[0, 1::2]
+    for name, fork in model.forks.items():
+        def select(logp, streams, budget, extras_before, fork=fork, layer=int(name)):
+            survives = type(fork).select(fork, logp, streams, budget, extras_before)
+            chosen[layer] = streams.owner[0], survives[0]
             return survives
         fork.select = select
     counts, deleted = pictures.read_bubbles(model, idx, budget)
     want, gone = torch.ones(12, dtype=torch.long), torch.zeros(5, 12, dtype=torch.long)
-    for l in range(5):
-        if l in chosen:
-            tok, forks, keeps = chosen[l]
-            want = torch.tensor([int(forks[tok == t].sum() + keeps[tok == t].sum()) for t in range(12)])
-            gone[l] = torch.tensor([int((~keeps)[tok == t].sum()) for t in range(12)])
-        assert counts[l].tolist() == want.tolist() and deleted[l].tolist() == gone[l].tolist()
+    for layer in range(5):
+        if layer in chosen:
+            owner, survives = chosen[layer]
+            want = torch.tensor([int(survives[owner == t].sum()) for t in range(12)])
+            gone[layer] = torch.tensor([int((~survives[owner == t, 1]).sum()) for t in range(12)])
+        assert counts[layer].tolist() == want.tolist() and deleted[layer].tolist() == gone[layer].tolist()
     assert (deleted.sum() > 0) == (budget > 1)                        # with room for extras some give way
 
 
@@ -148,10 +148,13 @@ def test_a_word_of_mathematics_is_drawn_as_it_is(model, folder):
 
 
 def test_the_picture_of_the_method_is_drawn_from_what_fork_layers_do(folder):
-    rows = figures.worked_example()
-    assert [tok for tok, _, _ in rows] == [[0, 1, 2, 3], [0, 0, 1, 2, 2, 3], [0, 0, 1, 2, 3, 3]]
-    assert rows[2][1] == pytest.approx([.56, 1, 1, 1, .8, 1], rel=1e-4)
-    assert rows[2][2] == [(0, False), (1, False), (2, False), (4, False), (5, True), (5, False)]
+    levels = figures.worked_example()
+    assert [owner for owner, _, _ in levels] == [[0, 1, 2, 3], [0, 0, 1, 2, 2, 3], [0, 0, 1, 2, 3, 3]]
+    assert levels[2][1] == pytest.approx([.56, 1, 1, 1, .8, 1], rel=1e-4)
+    assert levels[2][2] == [(0, False), (1, False), (2, False), (4, False), (5, True), (5, False)]
+    assert figures.fates(levels, 1) == [["forks, 0.7"], ["fork 0.9: full"], ["forks, 0.6"], ["fork 0.8: full"]]
+    assert figures.fates(levels, 2) == [["stays, 0.56", "fork 0.63: full"], ["fork 0.4 < 0.5"], ["fork 0.2 < 0.5"],
+                                        ["stay 0.06 < 0.5", "fork 0.12 < 0.5"], ["fork 0.3 < 0.5"], ["forks, 0.8"]]
     figures.main(["--results", "results"])
     assert Path("results/method.png").stat().st_size > 10000
 
@@ -160,30 +163,30 @@ def test_the_picture_of_the_method_is_drawn_from_what_fork_layers_do(folder):
 
 def test_attention_is_what_the_model_attends_to(model):
     """Against attention computed with values that tell keys apart: a mean over the streams of a kind, by loops."""
-    idx, streams, probe = torch.randint(40, (1, 12)), [], []
+    idx, trace, probe = torch.randint(40, (1, 12)), [], []
     found = figures.attention(model, torch.cat((idx, idx)), 2.0)
     assert list(found) == ["block 1", "block 2", "block 3", "block 4"]
     real = torch.nn.functional.scaled_dot_product_attention
 
-    def look(q, k, v, **how):
+    def look(q, k, v, attn_mask, is_causal, dropout_p):
         one_hot = torch.eye(k.size(2)).expand(*k.shape[:3], -1)
-        probe.append(real(q, k, one_hot, **how)[0].mean(0))
-        return real(q, k, v, **how)
+        probe.append(real(q, k, one_hot, attn_mask, dropout_p, is_causal)[0].mean(0))
+        return real(q, k, v, attn_mask, dropout_p, is_causal)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
-        model(idx, budget=2.0, streams=streams)
-    for l in range(1, 5):
-        tok, values = streams[l][0][0].tolist(), {name: [] for name in found[f"block {l}"]}
-        last = {t: i for i, t in enumerate(tok) if t >= 0}
+        model(idx, budget=2.0, trace=trace)
+    for layer in range(1, 5):
+        owner, values = trace[layer][0][0].tolist(), {name: [] for name in found[f"block {layer}"]}
+        last = {t: i for i, t in enumerate(owner) if t >= 0}
         for t, i in last.items():
-            own = [j for j in range(i) if tok[j] == t]
+            own = [j for j in range(i) if owner[j] == t]
             if own:
-                before = [j for j in range(i) if 0 <= tok[j] < t]
-                values["its own fork"] += [probe[l][i, j].item() for j in own]
-                values["the token before"] += [probe[l][i, last[t - 1]].item()] if t else []
-                values["an earlier stream"] += [probe[l][i, j].item() for j in before]
+                before = [j for j in range(i) if 0 <= owner[j] < t]
+                values["its own fork"] += [probe[layer][i, j].item() for j in own]
+                values["the token before"] += [probe[layer][i, last[t - 1]].item()] if t else []
+                values["an earlier stream"] += [probe[layer][i, j].item() for j in before]
         for name, numbers in values.items():
-            mean, low, high = found[f"block {l}"][name]
+            mean, low, high = found[f"block {layer}"][name]
             assert mean == pytest.approx(np.mean(numbers), abs=1e-6) and low <= mean + 1e-9 and mean <= high + 1e-9
 
 

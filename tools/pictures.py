@@ -24,32 +24,39 @@ def draw_loss(log, picture):
     figure.savefig(picture, dpi=120)
 
 
-def count_streams(streams):
-    """The streams that each token of one row owns in each block, (L, T), from what a forward pass reported."""
-    first = streams[0][0][0, 0]
-    return torch.stack([torch.bincount(tok[tok >= 0] - first) for tok, _ in streams]).cpu()
+def count_streams(trace):
+    """How many streams each token of one row owns in each block, (L, T), from the trace of a forward pass."""
+    first_token = trace[0][0][0, 0]
+    return torch.stack([torch.bincount(owner[owner >= 0] - first_token) for owner, _ in trace]).cpu()
+
+
+def count_deleted(x, streams, x_after, owner_after):
+    """How many streams of each token of one row a fork layer deleted, (T,). x (1, N, D), which `streams` describes,
+    came in, and x_after (1, N', D) went out. Nothing changes a stream that stays, so 8 of its channels tell which it is."""
+    same_x = (x[:, :, None, :8] == x_after[:, None, :, :8]).all(-1)            # (1, N, N')
+    same_owner = streams.owner.unsqueeze(2) == owner_after.unsqueeze(1)        # (1, N, N')
+    is_deleted = streams.is_real & ~(same_x & same_owner).any(-1)              # (1, N)
+    return torch.bincount(streams.owner[is_deleted], minlength=streams.T).cpu()
 
 
 @torch.no_grad()
 def read_bubbles(model, idx, budget):
-    """The streams that each token of idx (1, T) owns in each block, and those of its own that were deleted just before
-    it: (2, L, T). Where a context ends, its last half is read again, as `generate` does."""
-    def look(layer, read, out):
-        (x, streams), (x_out, tok_out) = read[:2], out[:2]            # what is kept is kept to the bit: 8 channels tell
-        same = (x[:, :, None, :8] == x_out[:, None, :, :8]).all(-1)   # (1, N, N after)
-        kept = (same & (streams.tok.unsqueeze(2) == tok_out.unsqueeze(1))).any(-1)
-        deleted[layer] = torch.bincount(streams.tok[~kept], minlength=deleted.size(1))[:deleted.size(1)].cpu()
-
-    size, done, parts = model.config.block_size, 0, []
-    hooks = [fork.register_forward_hook(lambda fork, read, out, layer=int(name): look(layer, read, out))
-             for name, fork in model.forks.items()]
+    """Of each token of idx (1, T) in each block: the streams that it owns, and how many of its own were deleted just
+    before that block, (2, L, T). Where a context ends, its last half is read again, as `generate` does."""
+    lost = []                                                   # of each fork layer of a pass, in turn
+    hooks = [fork.register_forward_hook(lambda fork, given, made: lost.append(count_deleted(*given[:2], *made[:2])))
+             for fork in model.forks.values()]
+    block_size, done, parts = model.config.block_size, 0, []
     while done < idx.size(1):
-        start, streams = max(0, done - size // 2), []
-        tokens = idx[:, start:start + size]
+        begin, trace = max(0, done - block_size // 2), []
+        tokens = idx[:, begin:begin + block_size]
+        lost.clear()
+        model(tokens, budget=budget, trace=trace)
         deleted = torch.zeros(model.config.n_layer, tokens.size(1), dtype=torch.long)
-        model(tokens, budget=budget, streams=streams)
-        parts.append(torch.stack((count_streams(streams), deleted))[:, :, done - start:])
-        done = start + size
+        for layer, count in zip(model.config.fork_layers, lost):
+            deleted[layer] = count
+        parts.append(torch.stack((count_streams(trace), deleted))[:, :, done - begin:])
+        done = begin + block_size
     for hook in hooks:
         hook.remove()
     return torch.cat(parts, dim=2)
