@@ -58,21 +58,24 @@ def read_prompt(prompt, vocabulary):
 
 
 def write_sample(model, prompt, vocabulary, s, seed):
-    """Print one sample as it is made; with --show_bubbles when it is made, as its last streams are known only then.
-    Returns the text's tokens, and the streams of each in the last block."""
+    """Print one sample as it is made; with --show_bubbles once it is made, as its last streams are known only then.
+    Returns the text's tokens, and how many streams each has in the last block."""
     device, text = model.wte.weight.device, decoder(vocabulary)
-    idx = torch.tensor([prompt], device=device)
-    write = lambda token: print(text(token), end="", flush=True)
-    for token in [] if s.show_bubbles else prompt:
+
+    def write(token):
+        if not s.show_bubbles:
+            print(text(token), end="", flush=True)
+    for token in prompt:
         write(token)
-    idx = model.generate(idx, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, budget=s.budget,
-                         generator=torch.Generator(device).manual_seed(seed), compile=s.compile,
-                         show=None if s.show_bubbles else lambda token: write(token.item()))
-    shades = read_bubbles(model, idx, s.budget)[0, -1].tolist()
+    idx = model.generate(torch.tensor([prompt], device=device), s.max_new_tokens, temperature=s.temperature,
+                         top_k=s.top_k, budget=s.budget, generator=torch.Generator(device).manual_seed(seed),
+                         show=lambda token: write(token.item()), compile=s.compile)
+    tokens, counts = idx[0].tolist(), read_bubbles(model, idx, s.budget)[0, -1].tolist()
     if s.show_bubbles:
-        print("".join(shade(text(token), n) for token, n in zip(idx[0].tolist(), shades)), end="")
-    print(text(None) + "\n" + (legend(shades) + "\n") * s.show_bubbles + "-" * 80, flush=True)
-    return idx[0].tolist(), shades
+        print("".join(shade(text(token), n) for token, n in zip(tokens, counts)), end="")
+    end = text(None) + "\n" + (legend(counts) + "\n" if s.show_bubbles else "")      # None: what `text` held back
+    print(end + "-" * 80, flush=True)
+    return tokens, counts
 
 
 def main(argv):
@@ -88,13 +91,13 @@ def main(argv):
     started = time.perf_counter()
     samples = [write_sample(model, prompt, vocabulary, s, seed) for seed in range(s.seed, s.seed + s.num_samples)]
     made, seconds = s.num_samples * s.max_new_tokens, time.perf_counter() - started
-    streams = [n for _, shades in samples for n in shades]
+    streams = [n for _, counts in samples for n in counts]
     print(f"{made} tokens, {made / seconds:.0f} tokens/s, {sum(streams) / len(streams):.2f} streams per token "
           f"at budget {s.budget or model.config.budget:g}, on {model.wte.weight.device}")
     if s.plot:
-        text = decoder(vocabulary)
-        words = [text(token) + text(None) for token in samples[0][0]]                # None: show what it holds back
-        plot(s.plot, model, samples[0][0], words, s.budget)
+        text, tokens = decoder(vocabulary), samples[0][0]
+        words = [text(token) + text(None) for token in tokens]                       # each token for itself
+        plot(s.plot, model, tokens, words, s.budget)
 
 
 if __name__ == "__main__":

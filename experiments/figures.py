@@ -43,7 +43,7 @@ INK = "#333333"
 
 def worked_example():
     """The streams of the README's example after the embedding and after each fork layer: levels (owner, P, parents),
-    each a list over streams. A parent is (the number of a stream one level below, was it forked rather than kept?)."""
+    three lists over streams. A parent is (the number of a stream one level below, was it forked, not kept?)."""
     owner, logp = torch.arange(4)[None], torch.zeros(1, 4)
     levels = [(owner[0].tolist(), [1.0] * 4, None)]
     seen = torch.zeros(1, 1, dtype=torch.int64)
@@ -62,7 +62,7 @@ def worked_example():
 
 
 def fates(levels, number):
-    """What becomes of the extras at fork layer `number`, counted from 1: for each stream that comes in, lines of text."""
+    """What becomes of the extras at fork layer `number`, counted from 1: lines of text for each stream that comes."""
     (owner, P, _), survivors, lines = levels[number - 1], levels[number][2], []
     for j, (fork_score, own_score) in enumerate(SCORES[number - 1]):
         fork = fate("fork", P[j] * fork_score, (j, True) in survivors)

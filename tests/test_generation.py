@@ -2,11 +2,12 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from test_tinybubbles import SMALL, random_model, tokens
-from tinybubbles import Cache, Config, Tinybubbles
+from tinybubbles import Config, Tinybubbles
 
 # -- refusals --------------------------------------------------------------------------------------------------------
 
@@ -14,7 +15,7 @@ from tinybubbles import Cache, Config, Tinybubbles
     dict(vocab_size=0), dict(vocab_size=2.5), dict(block_size=-1), dict(n_layer=True), dict(n_embd=15), dict(n_head=0),
     dict(n_embd=6, n_head=2), dict(fork_layers=(4,)), dict(fork_layers=(-1,)), dict(fork_layers=(1, 1)),
     dict(budget=0.99), dict(budget=math.nan), dict(budget=math.inf),
-    dict(budget="2"), dict(bars=(0.5,)), dict(dropout=1.1), dict(dropout=-0.1)], ids=str)
+    dict(budget="2"), dict(bar_budgets=(0.5,)), dict(dropout=1.1), dict(dropout=-0.1)], ids=str)
 def test_a_bad_configuration_is_refused_in_one_sentence_that_names_it(bad):
     with pytest.raises(ValueError) as error:
         Tinybubbles(Config(**{**SMALL, **bad}))
@@ -26,15 +27,54 @@ def test_a_configuration_survives_a_round_trip_through_plain_values():
     assert Config(**dataclasses.asdict(config)) == config and config.fork_layers == (1, 3)
 
 
+def assert_refused(model, sentence, idx, targets=None, budget=None, cache=None):
+    with pytest.raises(ValueError, match=sentence) as error:
+        model(idx, targets, budget=budget, cache=cache)
+    assert "\n" not in str(error.value)
+
+
 def test_bad_calls_are_refused_and_leave_the_cache_alone():
-    model, idx, cache = random_model(0), tokens(0), Cache()
-    model(idx, cache=cache)
-    for args, message in (((idx, dict(budget=0.5)), "budget"), ((idx, dict(budget=3.0, cache=cache)), "new Cache"),
-                          ((idx[:1], dict(cache=cache)), "new Cache"), ((idx[0], {}), "idx"), ((idx[:, :0], {}), "idx"),
-                          ((tokens(0, T=13), dict(cache=cache)), "block_size"), ((tokens(0, T=25), {}), "block_size")):
-        with pytest.raises(ValueError, match=message):
-            model(args[0], **args[1])
-    assert cache.length == 12 and cache.held[0].tolist() == [[12], [12]]
+    model, idx = random_model(0), tokens(0)
+    used = model.new_cache(2)
+    model(idx, cache=used)
+    filled = used.filled.clone()
+    for cache, too_long in ((None, tokens(0, T=25)), (used, tokens(0, T=13))):
+        for budget in (0.5, math.nan, math.inf, "2"):
+            assert_refused(model, "budget", idx, budget=budget, cache=cache)
+        for bad in (idx[0], idx[:, :0], idx[:0], too_long):           # one axis, no tokens, no rows, more than fits
+            assert_refused(model, "idx must be .* block_size", bad, cache=cache)
+        for targets in (idx[:, 1:], idx[:1], idx[0]):
+            assert_refused(model, "targets", idx, targets, cache=cache)
+    for rows in (tokens(0, B=1), tokens(0, B=3)):
+        assert_refused(model, "for 2 rows .* new_cache", rows, cache=used)
+    assert_refused(model, "budgets up to 2, .* new_cache", idx, budget=3.0, cache=used)
+    assert used.length == 12 and torch.equal(used.filled, filled) and filled[0].tolist() == [[12], [12]]
+    for budget in (0.5, math.nan, math.inf, "2"):
+        with pytest.raises(ValueError, match="budget"):
+            model.new_cache(2, budget)
+
+
+def test_a_call_that_fails_midway_leaves_the_cache_alone(monkeypatch):
+    """What is read next is read as if the failed call had never been."""
+    model, idx = random_model(0), tokens(0)
+    failed, other = model.new_cache(2), model.new_cache(2)
+    for cache in (failed, other):
+        model(idx[:, :6], cache=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.blocks[3], "forward", lambda x, streams, slots: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(idx[:, :6], cache=failed)
+    assert failed.length == 6 and torch.equal(failed.filled, other.filled)
+    assert torch.equal(model(idx[:, 6:], cache=failed)[0], model(idx[:, 6:], cache=other)[0])
+
+
+@pytest.mark.parametrize("budget", [np.float32(2), np.float64(2), np.int64(2), 2])
+def test_a_budget_may_be_any_kind_of_number(budget):
+    model, idx = random_model(0, budget=3.0), tokens(0)
+    logits = model(idx, budget=2.0)[0]
+    assert torch.equal(model(idx, budget=budget)[0], logits)
+    assert (model(idx, budget=budget, cache=model.new_cache(2, budget))[0] - logits).abs().max() < 2e-5
+    assert Config(budget=budget, bar_budgets=(budget,)) == Config(budget=2.0, bar_budgets=(2.0,))
 
 
 # -- generation ------------------------------------------------------------------------------------------------------
@@ -60,9 +100,12 @@ def test_generation_costs_about_two_tokens_read_per_token_however_long(monkeypat
 
 def test_sampling_follows_the_distribution_and_its_seed():
     model, idx = random_model(4), tokens(4, B=1, T=4).expand(4000, 4)
-    draw = lambda seed, **kw: model.generate(idx, 1, generator=torch.Generator().manual_seed(seed), **kw)[:, -1]
+
+    def draw(seed, temperature=1.0, top_k=None):
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(idx, 1, temperature=temperature, top_k=top_k, generator=generator)[:, -1]
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
-    p = model(idx[:1])[0][0, -1].exp()
+    p = model(idx[:1])[0][0, -1].softmax(-1)
     assert (draw(0).bincount(minlength=11) / 4000 - p).abs().max() < 0.04
     squared = p.square() / p.square().sum()
     assert (draw(0, temperature=0.5).bincount(minlength=11) / 4000 - squared).abs().max() < 0.04
@@ -75,8 +118,11 @@ def test_sampling_follows_the_distribution_and_its_seed():
 
 def test_sampling_while_training_leaves_the_bars_alone():
     model = random_model(4).train()
+    before = [fork.bar.clone() for fork in model.forks.values()]
     model.generate(tokens(4), 9)
-    assert all((fork.error == 0).all() for fork in model.forks.values())
+    assert all(torch.equal(fork.bar, bar) for fork, bar in zip(model.forks.values(), before, strict=True))
+    model(tokens(4))                                                  # and a forward pass that trains moves them
+    assert not any(torch.equal(fork.bar, bar) for fork, bar in zip(model.forks.values(), before, strict=True))
 
 
 def test_generation_edges():

@@ -49,8 +49,8 @@ def test_the_grade_is_the_expected_loss_above_the_least(tmp_path, monkeypatch, c
     data, model = trainer.data, trainer.model
     shares = torch.from_numpy(np.stack([np.bincount(urn, minlength=data.vocab_size) / 4 for urn in data.urns]))
 
-    def knows(idx, budget, streams):
-        streams.append((torch.arange(16).repeat(len(idx), 1), torch.zeros(idx.shape)))
+    def knows(idx, budget, trace):
+        trace.append((torch.arange(16).repeat(len(idx), 1), torch.zeros(idx.shape)))
         return shares.log()[idx - data.BALLS], None
     assert data.grade(knows, 2.0, "cpu") == pytest.approx(np.array([[0, 0], [1, 1], [1, 1]]), abs=1e-6)
     trainer.fit()

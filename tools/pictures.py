@@ -32,7 +32,7 @@ def count_streams(trace):
 
 def count_deleted(x, streams, x_after, owner_after):
     """How many streams of each token of one row a fork layer deleted, (T,). x (1, N, D), which `streams` describes,
-    came in, and x_after (1, N', D) went out. Nothing changes a stream that stays, so 8 of its channels tell which it is."""
+    came in, and x_after (1, N', D) went out. Nothing changes a stream that stays, so 8 of its channels identify it."""
     same_x = (x[:, :, None, :8] == x_after[:, None, :, :8]).all(-1)            # (1, N, N')
     same_owner = streams.owner.unsqueeze(2) == owner_after.unsqueeze(1)        # (1, N, N')
     is_deleted = streams.is_real & ~(same_x & same_owner).any(-1)              # (1, N)
