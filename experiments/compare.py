@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import rivals  # noqa: E402
 from experiments.bench import shortest  # noqa: E402
 from tasks.plays import shakespeare  # noqa: E402
-from tinybubbles import Cache, PaperTinybubbles, Tinybubbles  # noqa: E402
+from tinybubbles import PaperTinybubbles, Tinybubbles  # noqa: E402
 from tools.files import make_folder, write_atomically  # noqa: E402
 from tools.program import knob, read_flags  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
@@ -214,7 +215,7 @@ def true_path_loss(trainer, budget):
     total, n = 0.0, trainer.s.eval_iters
     for i in range(n):
         idx, targets = (torch.from_numpy(tokens).to(trainer.device) for tokens in trainer.data.val_batch(i))
-        total -= decode(trainer.model, idx, budget).gather(-1, targets.unsqueeze(-1)).mean().item()
+        total += F.cross_entropy(decode(trainer.model, idx, budget).flatten(0, 1), targets.flatten()).item()
     return total / n
 
 
@@ -222,8 +223,8 @@ def true_path_loss(trainer, budget):
 
 @torch.no_grad()
 def decode(model, idx, budget):
-    """Read idx (B, T) token by token as `generate` does: log-probabilities (B, T, V)."""
-    cache, parts = Cache() if model.causal else None, []
+    """Read idx (B, T) token by token as `generate` does: logits (B, T, V)."""
+    cache, parts = model.new_cache(len(idx), budget) if model.causal else None, []
     for t in range(idx.size(1)):
         read = idx[:, t:t + 1] if model.causal else idx[:, :t + 1]
         parts.append(model(read, budget=budget, cache=cache)[0][:, -1:])

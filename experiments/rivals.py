@@ -1,17 +1,18 @@
 """
-What bubbles are compared with, each built on tinybubbles' own blocks, so that only the idea differs: copies, pauses
-(two forms), recurrent depth, PonderLM-2 and PonderLM-3; bubbles that fork at random, are not attenuated, or merge as
-the paper's do; and, on the task urns, forks placed by hand, and ways to teach bubbles where to put them.
+What bubbles are compared with, built on tinybubbles' own blocks, so that only the idea differs. First other ways to
+compute more for a token: copies, pauses (two forms), recurrent depth, PonderLM-2 and PonderLM-3. Then bubbles with one
+part changed: they fork at random, are not attenuated, or merge as the paper's do. Then, for the task urns, forks that
+are placed by hand, and ways to teach bubbles where to put them.
 
-All are called, trained and sampled as a Tinybubbles. The budget of a rival, always a whole number, is n, the positions
-of a token: copies, a token and its pauses, a token and its latent slots; of recurrent depth, its iterations.
+All are called, trained and sampled as a Tinybubbles is. The budget of a Rival is a whole number n, the positions that a
+token owns: its copies; the token and its pauses; the token and its latent slots. Of recurrent depth it is the number of
+iterations. `trains` says which calls train: some rivals compute otherwise then.
 
-Shapes: B rows, T tokens of this call, N positions, D = n_embd, d = D / n_head, V words, S slots of a cache.
+Shapes: B rows, T tokens of this call, N positions, D = n_embd, H heads of d channels, V words, S slots of a cache.
 """
 import copy
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,147 +21,206 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tasks.urns import Urns  # noqa: E402
-from tinybubbles import PADDING, Cache, Fork, PaperTinybubbles, Streams, Tinybubbles, check_budget, start  # noqa: E402
+from tinybubbles import PADDING, Cache, Fork, Streams, Tinybubbles, check_budget, init_matrix, mixture  # noqa: E402
 
+LEAST_LOG_W = math.log(1e-4)    # a PonderLM reads no slot that counts less
+
+
+def trains(model, cache):
+    """Whether a call trains: in training mode, with gradients, without a cache."""
+    return model.training and cache is None and torch.is_grad_enabled()
+
+
+class Charging(Tinybubbles):
+    """Calls that train add `charge` times the sum of the extras' P per token, in all blocks, to the loss."""
+    charge = 0.01
+
+    def forward(self, idx, targets=None, *, budget=None, cache=None, trace=None):
+        own_trace = []      # of this call alone: `trace` may hold what earlier calls put there
+        logits, loss = super().forward(idx, targets, budget=budget, cache=cache, trace=own_trace)
+        if trace is not None:
+            trace.extend(own_trace)
+        if targets is not None and trains(self, cache):
+            # The original of each token has a P of 1.
+            loss = loss + self.charge * sum(logp.exp().sum() / idx.numel() - 1 for _, logp in own_trace)
+        return logits, loss
+
+
+# -- other ways to compute more for a token ----------------------------------------------------------------------------
 
 class Rival(Tinybubbles):
-    """What rivals share: nothing is forked, every token has the same number of positions, and a cache has room for
-    them. Each defines `read`, which Tinybubbles' forward and generate call."""
-    def check(self, idx, budget, cache):
-        """Refuse what cannot be done, and claim the cache's room. Returns n."""
-        n = check_budget(self.config.budget if budget is None else budget)
-        if n % 1 or self.config.fork_layers:
-            raise ValueError(f"this model needs fork_layers () and a whole budget, not {self.config.fork_layers}, {n}")
-        assert idx.size(1) <= self.config.block_size - (cache.length if cache else 0)
-        if cache is not None:
-            cache.claim(replace(self.config, block_size=int(n) * self.config.block_size), idx, n)
-        return int(n)
+    """What rivals share: nothing is forked, and every token has the same number of positions. Each defines `read`."""
 
-    def room(self, idx, n):
-        """A cache for a text that is read once."""
-        cache = Cache()
-        self.check(idx, n, cache)
+    def whole_budget(self, budget):
+        """The budget of a call, as an int, or ValueError."""
+        budget = check_budget(self.config.budget if budget is None else budget)
+        if budget % 1 or self.config.fork_layers:
+            raise ValueError(f"this model needs fork_layers () and a whole budget, not {self.config.fork_layers} and "
+                             f"{budget:g}")
+        return int(budget)
+
+    def check(self, idx, targets, budget, cache):
+        n = self.whole_budget(budget)
+        super().check(idx, targets, 1, cache)
+        if cache is not None and n > cache.budget:
+            raise ValueError(f"this cache is for budgets up to {cache.budget}, not for {n}; make another with new_cache")
+        return n
+
+    def new_cache(self, rows, budget=None):
+        n = self.whole_budget(budget)
+        return Cache(self, rows, n, [n], [0] * self.config.n_layer)
+
+    def cache_of_this_call(self, rows, n, cache):
+        """A cache for a call that reads in parts. It shares the memory of `cache`, if there is one, but counts for
+        itself what is filled: `cache` is not changed unless the call succeeds."""
+        cache = self.new_cache(rows, n) if cache is None else copy.copy(cache)
+        cache.filled = cache.filled.clone()
         return cache
 
-    def positions(self, idx, n, cache, own=False):
-        """The Streams of n positions of each token of idx; own: all at their token's rotary position."""
+    def positions(self, idx, n, cache):
+        """The Streams of n positions for each token of idx: they share the way from the token before."""
         B, T = idx.shape
-        tok = torch.arange(T, device=idx.device).repeat_interleave(n).repeat(B, 1)   # (B, N)
-        first = torch.full_like(idx[:, :1], 1 + (cache.length - T if cache else 0))
-        s = Streams(tok, self.wte.weight.new_zeros(tok.shape), T, first, self.frequency, cache, 0)
-        return self.rotate(s, s.t) if own else s
+        owner = torch.arange(T, device=idx.device).repeat_interleave(n).repeat(B, 1)     # (B, N)
+        seen = torch.full_like(idx[:, :1], 0 if cache is None else cache.length)         # (B, 1)
+        return Streams(owner, self.wte.weight.new_zeros(owner.shape), T, seen, self.frequency)
 
-    def rotate(self, s, position):
-        """Put the streams at the rotary positions (B, N)."""
-        angle = position.view(*position.shape, 1, 1, 1) * self.frequency
-        s.cos, s.sin = angle.cos(), angle.sin()
-        return s
+    def move_to(self, streams, position):
+        """Move the streams to other rotary positions (B, N)."""
+        angle = position[:, None, :, None] * self.frequency                              # (B, 1, N, d/2)
+        streams.cos = angle.cos().repeat(1, 1, 1, 2)
+        streams.sin = torch.cat((-angle.sin(), angle.sin()), -1)
 
-    def run(self, x, s, cache, streams=None):
+    def run(self, x, streams, slots, trace=None):
         """x (B, N, D) through all blocks."""
         for block in self.blocks:
-            x = block(x, s, cache)
-        if streams is not None:
-            streams.append((s.t - 1, s.logp))
+            x = block(x, streams, slots)
+            if trace is not None:
+                trace.append((streams.number - 1, streams.logp))
         return x
 
-    def vector(self):
-        """A learned vector (D), drawn as the embeddings are."""
+    def learned_vector(self):
+        """A parameter (D,), drawn as the embeddings are."""
         return nn.Parameter(torch.randn(self.config.n_embd) * math.sqrt(2 / (5 * self.config.n_embd)))
 
 
 class Copies(Rival):
-    """Copy-n (a baseline of arXiv 2510.00219): each embedding n times, at rotary positions t - p/n; predicts from the
-    sum of the copies, as bubbles do whose P are all 1."""
+    """Copy-n (a baseline of arXiv 2510.00219): each embedding n times, at rotary positions t - p/n. The sum of a token's
+    copies predicts, as of bubbles whose P are all 1."""
+
+    def read(self, idx, n, cache, trace):
+        streams = self.positions(idx, n, cache)
+        slots = None if cache is None else cache.reserve(0, streams)
+        x = self.drop(self.wte(idx)).repeat_interleave(n, 1)                             # (B, N, D)
+        x = self.run(x, streams, slots, trace).unflatten(1, (-1, n))                     # (B, T, n, D)
+        return self.head(self.merge(x)), streams.count.unsqueeze(0)
+
     def merge(self, x):
         return x.sum(2)
 
-    def read(self, idx, targets, n, cache, streams):
-        x = self.drop(self.wte(idx)).repeat_interleave(n, 1)                         # (B, N, D)
-        x = self.run(x, self.positions(idx, n, cache), cache, streams)
-        return self.log_probs(self.merge(x.unflatten(1, (-1, n))), targets)
-
 
 class LastCopy(Copies):
-    """The same, predicting from the rightmost copy alone."""
+    """The same, but the rightmost copy alone predicts."""
+
     def merge(self, x):
         return x[:, :, -1]
 
 
 class Pauses(Rival):
     """n - 1 pauses after every token (after arXiv 2310.02226, in a form for perplexity at a fixed cost): one learned
-    embedding, at their token's rotary position; the last of them predicts."""
+    embedding, at the rotary position of the token before. The last of them predicts."""
+
     def __init__(self, config):
         super().__init__(config)
-        self.pause = self.vector()
+        self.pause = self.learned_vector()
 
-    def read(self, idx, targets, n, cache, streams):
-        x = self.wte(idx).unsqueeze(2)                                               # (B, T, 1, D)
-        x = torch.cat((x, self.pause.expand(*idx.shape, n - 1, -1)), 2).flatten(1, 2)             # (B, N, D)
-        x = self.run(self.drop(x), self.positions(idx, n, cache, own=True), cache, streams)
-        return self.log_probs(x[:, n - 1::n], targets)
+    def read(self, idx, n, cache, trace):
+        streams = self.positions(idx, n, cache)
+        self.move_to(streams, streams.number)
+        slots = None if cache is None else cache.reserve(0, streams)
+        pauses = self.pause.expand(*idx.shape, n - 1, -1)                                # (B, T, n - 1, D)
+        x = torch.cat((self.wte(idx).unsqueeze(2), pauses), 2).flatten(1, 2)             # (B, N, D)
+        x = self.run(self.drop(x), streams, slots, trace)
+        return self.head(x[:, n - 1::n]), streams.count.unsqueeze(0)
 
 
 class RandomPauses(Pauses):
-    """Pauses as in pre-training (arXiv 2310.02226, section 3). In training, a tenth of the length in pauses at random
-    places, then cut back to T elements; each has a rotary position of its own, and an element before a pause has no
-    target. Otherwise n - 1 pauses follow the text: token t's prediction is read at the last of those put after tokens
-    1..t, which no later token sees."""
-    def forward(self, idx, targets=None, *, budget=None, cache=None, streams=None):
-        if self.training and targets is not None:
+    """Pauses as in pre-training (arXiv 2310.02226, section 3).
+
+    Calls that train with targets put a tenth of the length in pauses at random places, and cut off what is then too
+    long. Each pause has a rotary position of its own, and what stands before a pause has no target.
+
+    All other calls append n - 1 pauses to the text, for each of its tokens: the prediction of token t is read at the
+    last of those that follow tokens 1 to t. No later token sees them, so they are not kept in a cache."""
+
+    def forward(self, idx, targets=None, *, budget=None, cache=None, trace=None):
+        if targets is not None and trains(self, cache):
+            self.check(idx, targets, budget, cache)
             idx, targets = self.insert(idx, targets)
-        return super().forward(idx, targets, budget=budget, cache=cache, streams=streams)
+            budget = 1                                                                   # nothing is appended
+        return super().forward(idx, targets, budget=budget, cache=cache, trace=trace)
 
     def insert(self, idx, targets):
-        """Pauses, as token -1, among the tokens: idx and targets (B, T)."""
+        """Put pauses, as token -1, among the tokens: idx and targets (B, T)."""
         B, T = idx.shape
         number = round(0.1 * T)
-        slot = 1 + torch.rand(B, T + number - 1, device=idx.device).argsort(1)[:, :number]        # never the first
-        pause = torch.zeros(B, T + number, dtype=torch.bool, device=idx.device).scatter(1, slot, True)
-        tok = (~pause).cumsum(1) - 1                                                 # the last token so far
-        return (idx.gather(1, tok).masked_fill(pause, -1)[:, :T],
-                targets.gather(1, tok).masked_fill(pause.roll(-1, 1), -1)[:, :T])
+        place = 1 + torch.rand(B, T + number - 1, device=idx.device).argsort(1)[:, :number]  # never the first
+        is_pause = torch.zeros(B, T + number, dtype=torch.bool, device=idx.device).scatter(1, place, True)
+        latest = (~is_pause).cumsum(1) - 1                                               # the last token so far
+        before_pause = is_pause.roll(-1, 1)
+        return (idx.gather(1, latest).masked_fill(is_pause, -1)[:, :T],
+                targets.gather(1, latest).masked_fill(before_pause, -1)[:, :T])
 
-    def read(self, idx, targets, n, cache, streams):
-        M, T = 0 if self.training and targets is not None else n - 1, idx.size(1)
-        cache = cache or (self.room(idx, n) if M else None)
-        x = torch.where((idx < 0).unsqueeze(-1), self.pause, self.wte(idx.clamp(min=0)))
-        x = self.run(self.drop(x), self.positions(idx, 1, cache), cache, streams)    # (B, T, D)
-        if M:
-            s = self.positions(idx, M, cache, own=True)
-            after = torch.arange(1, n, device=idx.device).repeat(T)                  # (N,)
-            s, i = self.rotate(s, s.t + after), torch.arange(s.mask.size(-1), device=idx.device)
-            row = (cache.length + torch.arange(T * M, device=idx.device)).unsqueeze(1)            # (N, 1), own slots
-            hidden = (i >= s.t[0].unsqueeze(1)) & (i <= row - after.unsqueeze(1)) | (i > row)     # (N, S)
-            s.mask = torch.where(hidden, -math.inf, 0.0).to(s.mask)
-            x = self.run(self.pause.repeat(len(idx), T * M, 1), s, cache)[:, M - 1::M]
-            cache.held[0] -= T * M                                                   # forget the pauses
-        return self.log_probs(x, targets)
+    def read(self, idx, n, cache, trace):
+        is_pause = (idx == -1).unsqueeze(-1)
+        x = self.drop(torch.where(is_pause, self.pause, self.wte(idx.clamp(min=0))))     # (B, T, D)
+        text = self.positions(idx, 1, cache)
+        if n > 1:
+            cache = self.cache_of_this_call(len(idx), n, cache)
+        slots = None if cache is None else cache.reserve(0, text)
+        x = self.run(x, text, slots, trace)
+        if n > 1:
+            cache.commit(text.count.unsqueeze(0), 0)
+            x = self.run_appended(idx, n, cache)
+        return self.head(x), text.count.unsqueeze(0)
+
+    def run_appended(self, idx, n, cache):
+        """What predicts, (B, T, D): the last of the n - 1 pauses that follow each token, as if it ended the text."""
+        pauses = self.positions(idx, n - 1, cache)
+        nth = torch.arange(1, n, device=idx.device).repeat(idx.size(1))                  # (N,), from 1 for each token
+        self.move_to(pauses, pauses.number + nth)
+        slots = cache.reserve(0, pauses)
+        # A pause sees the text up to its token, and the pauses of its token up to itself.
+        every_slot, own_first = cache.slots[0], slots.slot - nth + 1                     # (S,), (B, N)
+        hidden = (every_slot >= pauses.number.unsqueeze(-1)) & (every_slot < own_first.unsqueeze(-1))  # (B, N, S)
+        slots.mask = slots.mask.masked_fill(hidden.unsqueeze(1), -math.inf)
+        x = self.drop(self.pause.repeat(*pauses.owner.shape, 1))                         # (B, N, D)
+        return self.run(x, pauses, slots)[:, n - 2::n - 1]
 
 
 class Sandwich(nn.Module):
-    """A block of recurrent depth (arXiv 2502.05171, section 3.2): x = norm(x + attn(norm(x))), the same with the MLP.
-    Its matrices begin as the paper's, whose L counts the blocks that run."""
+    """A block of recurrent depth (arXiv 2502.05171, section 3.2): x = norm(x + attn(norm(x))), and the same with the
+    MLP. Its matrices begin as the paper's, whose L counts the blocks that run."""
+
     def __init__(self, block, config, L):
         super().__init__()
         self.attn, self.mlp, self.drop = block.attn, block.mlp, block.drop
         self.norms = nn.ModuleList(nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(4))
         for layer in (self.attn.proj, self.mlp.proj):
-            start(layer, config, 2 * L)
+            init_matrix(layer, config, added=2 * L)
 
-    def forward(self, x, s, cache):
+    def forward(self, x, streams, slots):
         before_attn, after_attn, before_mlp, after_mlp = self.norms
-        x = after_attn(x + self.drop(self.attn(before_attn(x), s, cache)))
+        x = after_attn(x + self.drop(self.attn(before_attn(x), streams, slots)))
         return after_mlp(x + self.drop(self.mlp(before_mlp(x))))
 
 
 class RecurrentDepth(Rival):
     """e = prelude(emb sqrt(D)); s_0 = noise; s_i = core(e + s_{i-1}), r times; head(norm(coda(norm(s_r)))) (arXiv
-    2502.05171). Blocks: 1 of prelude, n_layer - 2 of core, 1 of coda.
+    2502.05171). The first block is the prelude, the last one the coda, those between are the core.
 
-    In training r is drawn for each call, around the budget, s_0 is drawn anew, and the last 8 iterations have a
-    gradient. Otherwise r is the budget and s_0 a fixed draw for each position in the text. exit_kl (the paper's: 5e-4;
-    None: never): where one token is read from a cache, a row stops when KL(prediction || the one before) is less."""
+    Calls that train draw r around the budget and s_0 anew, and the last 8 iterations have a gradient. In all others r is
+    the budget, and s_0 is a fixed draw for each position in the text. exit_kl (the paper's: 5e-4; None: never): where
+    one token is read into a cache, a row stops when KL(prediction || the one before) is less."""
     exit_kl = None
 
     def __init__(self, config):
@@ -168,65 +228,79 @@ class RecurrentDepth(Rival):
         assert config.n_layer >= 3, "prelude, core, coda"
         L = 2 + config.budget * (config.n_layer - 2)
         self.blocks = nn.ModuleList(Sandwich(block, config, L) for block in self.blocks)
+        self.blocks[-1].attn.layer = 1                                                   # of the cache; the prelude's is 0
         self.ln_s, self.ln_f = (nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(2))
         self.register_buffer("noise", self.draw_noise(torch.empty(config.block_size, config.n_embd)))
 
     def draw_noise(self, s):
         return nn.init.trunc_normal_(s, 0, math.sqrt(2 / 5), -3 * math.sqrt(2 / 5), 3 * math.sqrt(2 / 5))
 
-    def read(self, idx, targets, r, cache, streams):
-        T, learns = idx.size(1), self.training and targets is not None
-        exits = self.exit_kl is not None and cache is not None and T == 1
-        if learns:                                                                   # section 3.3; mean: budget + 1
-            r = int(torch.poisson((math.log(r) - 1 / 8 + torch.randn(()) / 2).exp())) + 1
-        where = self.positions(idx, 1, cache)
-        e = self.blocks[0](self.drop(self.wte(idx) * math.sqrt(self.config.n_embd)), where, cache)
-        s = self.noise[where.t - 1]                                                  # (B, T, D)
-        s = self.draw_noise(torch.empty_like(s)) if learns else s
-        going, before = torch.ones_like(idx[:, :1], dtype=torch.bool), None          # (B, 1)
+    def new_cache(self, rows, budget=None):
+        """A token has one slot. Each iteration of each block of the core has its own keys and values."""
+        r = self.whole_budget(budget)
+        return Cache(self, rows, r, [1], [0] * (2 + r * (self.config.n_layer - 2)))
+
+    def layer_in_cache(self, l, i):
+        """Where the cache holds iteration i of block l of the core."""
+        return 2 + i * (self.config.n_layer - 2) + l
+
+    def read(self, idx, r, cache, trace):
+        streams = self.positions(idx, 1, cache)
+        slots = None if cache is None else cache.reserve(0, streams)
+        e = self.blocks[0](self.drop(self.wte(idx) * math.sqrt(self.config.n_embd)), streams, slots)
+        s = self.noise[streams.number - 1]                                               # (B, T, D)
+        if trains(self, cache):
+            r = int(torch.poisson((math.log(r) - 1 / 8 + torch.randn(()) / 2).exp())) + 1  # section 3.3; mean: budget + 1
+            s = self.draw_noise(torch.empty_like(s))
+        exits = self.exit_kl is not None and cache is not None and idx.size(1) == 1
+        going, before = torch.ones_like(idx[:, :1], dtype=torch.bool), None              # (B, 1)
         for i in range(r):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= r - 8):
-                s = torch.where(going.unsqueeze(-1), self.core(e + s, where, cache, i), s)
-            self.keep_latest(cache, where, i, going)
+                s = torch.where(going.unsqueeze(-1), self.core(e + s, streams, slots, i), s)
+            self.keep_latest(slots, i, going)
             if exits:
-                now = self.log_probs(self.coda(s, where, cache), None)               # (B, 1, V)
+                now = self.head(self.coda(s, streams, slots)).log_softmax(-1)            # (B, 1, V)
                 if before is not None:
                     going = going & ((now.exp() * (now - before)).sum(-1) >= self.exit_kl)
                 before = now
                 if not going.any():
                     break
-        for j in range(i + 1, int(cache.budget) if cache else 0):
-            self.keep_latest(cache, where, j, torch.zeros_like(going))
-        if streams is not None:
-            streams.append((where.t - 1, where.logp))
-        return self.log_probs(self.coda(s, where, cache), targets)
+        for later in range(i + 1, 0 if cache is None else cache.budget):
+            self.keep_latest(slots, later, torch.zeros_like(going))
+        if trace is not None:
+            trace.append((streams.number - 1, streams.logp))
+        return self.head(self.coda(s, streams, slots)), streams.count.unsqueeze(0)
 
-    def core(self, x, where, cache, i):
-        """Iteration i, whose keys and values are apart from other iterations'."""
+    def core(self, x, streams, slots, i):
         for l, block in enumerate(self.blocks[1:-1]):
-            block.attn.layer = l, i
-            x = block(x, where, cache)
+            block.attn.layer = self.layer_in_cache(l, i)
+            x = block(x, streams, slots)
         return x
 
-    def coda(self, s, where, cache):
-        return self.blocks[-1](self.ln_s(s), where, cache)
+    def coda(self, s, streams, slots):
+        return self.blocks[-1](self.ln_s(s), streams, slots)
 
-    def keep_latest(self, cache, where, i, going):
-        """In iteration i of the cache, rows not going (B, 1) stand as of the iteration before (section 6.1)."""
-        if cache is not None and i:
-            for l in range(self.config.n_layer - 2):
-                kv, at = cache.kv.setdefault((l, i), torch.zeros_like(cache.kv[l, 0])), (cache.row, where.slot)
-                kv[at] = torch.where(going[:, :, None, None, None], kv[at], cache.kv[l, i - 1][at])
+    def keep_latest(self, slots, i, going):
+        """In iteration i of the cache, rows that are not going (B, 1) stand as of the iteration before (section 6.1)."""
+        if slots is None or i == 0:
+            return
+        row = torch.arange(len(going), device=going.device).unsqueeze(1)                 # (B, 1)
+        at = slice(None), row, slice(None), slots.slot                                   # selects (B, T, 2, H, d)
+        for l in range(self.config.n_layer - 2):
+            kv, kv_before = (slots.cache.kv[self.layer_in_cache(l, j)] for j in (i, i - 1))
+            kv[at] = torch.where(going[:, :, None, None, None], kv[at], kv_before[at])
 
 
 class PonderLM2(Rival):
-    """A token's embedding, times sqrt(D), is its slot 0; slot 1, at the same rotary position, is fed the normed final
-    state of slot 0, and predicts (arXiv 2509.23184). n is 2. Embeddings begin as N(0, 1/D): what is fed has entries of
-    about 1, an embedding or a state.
+    """A token's embedding, times sqrt(D), is its slot 0. Slot 1, at the same rotary position, is fed the normed final
+    state of slot 0, and predicts (arXiv 2509.23184). n is 2. Embeddings begin as N(0, 1/D), so that what is fed has
+    entries of about 1, be it an embedding or a state.
 
-    In training by Jacobi iteration (section 3.2): states of the embeddings alone, J sweeps, each over all slots with
-    the states of the sweep before, and one that predicts; J is 2 or 3, and the gradient goes through all. Otherwise
-    slot after slot, exactly, from a cache. PonderLM-3 differs by its gates."""
+    Calls that train use Jacobi iteration (section 3.2): states of the embeddings alone, then J sweeps, each over all
+    slots with the states of the sweep before, and one that predicts. J is 2 or 3, and the gradient goes through all.
+    All other calls read slot after slot, exactly, into a cache. PonderLM-3 differs by its gates.
+
+    A trace gets one entry, as slots are the same in every block: log P is the log w of `gates`."""
     sweeps = 2, 3
 
     def __init__(self, config):
@@ -234,89 +308,94 @@ class PonderLM2(Rival):
         nn.init.normal_(self.wte.weight, std=config.n_embd ** -0.5)
 
     def gates(self, h, n):
-        """Of tokens whose slot 0 has the state h (B, T, D): the share of each slot in the prediction, and log w, which
-        slot k's key adds to attention's logits, (B, T, n) each."""
-        zero = h.new_zeros(*h.shape[:2], n)
-        return F.one_hot(torch.full(h.shape[:2], n - 1, device=h.device), n), zero
+        """What the state h (B, T, D) of their slot 0 says of tokens: the share of each slot in the prediction, and the
+        log w that the key of each slot adds to attention's logits, (B, T, n) each."""
+        last = torch.full(h.shape[:2], n - 1, device=h.device)
+        return F.one_hot(last, n), h.new_zeros(*h.shape[:2], n)
 
-    def head(self, h, targets):
-        """log_probs of states that are normed already."""
-        log_probs = F.linear(h, self.wte.weight).float().log_softmax(-1)
-        return log_probs if targets is None else log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1))
+    def head(self, x):
+        """The logits of states that are normed already."""
+        return F.linear(x, self.wte.weight).float()
 
-    def hidden(self, x, s, log_w, cache):
+    def states(self, x, streams, log_w, slots):
         """The normed final states (B, N, D) of slots that are fed x (B, N, D); log_w (B, N)."""
-        root = math.sqrt(self.config.n_embd // self.config.n_head)                   # attention divides by it
-        s.channel = torch.stack((torch.ones_like(log_w), root * log_w), -1).unsqueeze(-1)
-        return self.ln_f(self.run(x, s, cache))
+        root = math.sqrt(self.config.n_embd // self.config.n_head)                       # attention divides by it
+        streams.score_channel = torch.stack((torch.ones_like(log_w), root * log_w)).unsqueeze(2)
+        return self.ln_f(self.run(x, streams, slots))
 
-    def read(self, idx, targets, n, cache, streams):
-        x = self.drop(self.wte(idx) * math.sqrt(self.config.n_embd))                 # (B, T, D)
-        if streams is not None:
-            s = self.positions(idx, n, None)
-            streams.append((s.t - 1, s.logp))
-        if self.training and targets is not None:
-            h, penalty = self.sweep(x, idx, n)
-            return self.head(h, targets) - penalty                                   # the loss is their mean, negated
-        cache = cache or self.room(idx, n)
-        began = cache.length - idx.size(1) + 1
-        h = torch.cat([self.read_token(part, began + t, n, cache) for t, part in enumerate(x.split(1, 1))], 1)
-        return self.head(h, targets)
+    def read(self, idx, n, cache, trace):
+        x = self.drop(self.wte(idx) * math.sqrt(self.config.n_embd))                     # (B, T, D)
+        streams = self.positions(idx, n, cache)
+        if trains(self, cache):
+            h, log_w = self.sweep(x, idx, n)
+            stream_counts = streams.count.unsqueeze(0)
+        else:
+            seen = 0 if cache is None else cache.length
+            cache = self.cache_of_this_call(len(idx), n, cache)
+            filled_before = cache.filled.clone()
+            tokens = [self.read_token(token, seen + t, n, cache) for t, token in enumerate(x.split(1, 1))]
+            h, log_w = (torch.cat(parts, 1) for parts in zip(*tokens))
+            stream_counts = cache.filled - filled_before
+        if trace is not None:
+            log_w = log_w.flatten(1)                                                     # (B, N)
+            trace.append((torch.where(log_w < LEAST_LOG_W, -1, streams.number - 1), log_w))
+        return self.head(h), stream_counts
 
-    def sweep(self, emb, idx, n):
-        """What predicts (B, T, D), and the loss's penalty."""
-        s = self.positions(idx, n, None, own=True)
-        h = self.hidden(emb, self.positions(idx, 1, None), emb.new_zeros(idx.shape), None).unsqueeze(2)
-        z = h.expand(-1, -1, n - 1, -1)                                              # (B, T, n - 1, D)
-        share, log_w = self.gates(h[:, :, 0], n)
-        for _ in range(self.sweeps[int(torch.randint(len(self.sweeps), ()))] + 1):
-            x = torch.cat((emb.unsqueeze(2), z), 2).flatten(1, 2)                    # (B, N, D)
-            h = self.hidden(x, s, log_w.flatten(1), None).unflatten(1, (-1, n))      # (B, T, n, D)
-            z, (share, log_w) = h[:, :, :-1], self.gates(h[:, :, 0], n)              # slot k feeds slot k + 1
-        return (share.unsqueeze(-1) * h).sum(2), self.penalty(log_w)
+    def sweep(self, x, idx, n):
+        """Jacobi iteration on the embeddings x (B, T, D): what predicts (B, T, D), and log w (B, T, n)."""
+        first = self.states(x, self.positions(idx, 1, None), x.new_zeros(idx.shape), None)  # (B, T, D)
+        share, log_w = self.gates(first, n)
+        fed = first.unsqueeze(2).expand(-1, -1, n - 1, -1)                               # (B, T, n - 1, D), to slots 1 on
+        streams = self.positions(idx, n, None)
+        self.move_to(streams, streams.number)
+        J = self.sweeps[int(torch.randint(len(self.sweeps), ()))]
+        for _ in range(J + 1):
+            slots = torch.cat((x.unsqueeze(2), fed), 2).flatten(1, 2)                    # (B, N, D)
+            h = self.states(slots, streams, log_w.flatten(1), None).unflatten(1, (-1, n))  # (B, T, n, D)
+            share, log_w = self.gates(h[:, :, 0], n)
+            fed = h[:, :, :-1]                                                           # slot k feeds slot k + 1
+        return (share.unsqueeze(-1) * h).sum(2), log_w
 
-    def penalty(self, log_w):
-        return 0.0
-
-    def read_token(self, x, t, n, cache):
-        """One token a row, x (B, 1, D), number t from 1: what predicts. A row stops where w is less than 1e-4: later
-        slots are padding, which is not kept."""
-        log_w, out, tok = x.new_zeros(len(x), 1, n), 0.0, torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+    def read_token(self, x, seen, n, cache):
+        """Read one token a row, x (B, 1, D), after `seen` others: what predicts (B, 1, D), and log w (B, 1, n). A row
+        stops before the first slot of little w: its later slots are padding, which is not kept."""
+        log_w, predicts = x.new_zeros(len(x), 1, n), 0.0
         for k in range(n):
-            runs = log_w[..., k] >= math.log(1e-4)                                   # (B, 1)
+            runs = log_w[..., k] >= LEAST_LOG_W                                          # (B, 1)
             if not runs.any():
                 break
-            logp = torch.where(runs, 0.0, PADDING).to(x)
-            s = Streams(tok, logp, 1, torch.full_like(tok, t), self.frequency, cache, 0)
-            x = self.hidden(x, s, log_w[..., k], cache)                              # (B, 1, D)
+            owner, logp = torch.where(runs, 0, 1), torch.where(runs, 0.0, PADDING).to(x)
+            streams = Streams(owner, logp, 1, seen, self.frequency)
+            x = self.states(x, streams, log_w[..., k], cache.reserve(0, streams))        # (B, 1, D)
+            cache.commit(streams.count.unsqueeze(0), 0)
             if k == 0:
                 share, log_w = self.gates(x, n)
-            out = out + (runs * share[..., k]).unsqueeze(-1) * x
-        return out
+            predicts = predicts + (runs * share[..., k]).unsqueeze(-1) * x
+        return predicts, log_w
 
 
-class PonderLM3(PonderLM2):
-    """Up to n - 1 latent slots, slot k fed the normed final state of slot k - 1 (arXiv 2603.02023). A router on the
-    state h of slot 0 says how much each counts: share = softmax(router(h)), w_k = share_k + ... + share_{n-1}; log w_k
-    is added to every attention logit of slot k's key, in the score channel; the prediction is of the states' mean by
-    share. All n slots are trained; a reader stops at the last w of 1e-4 or more. A budget below the configuration's
-    takes the first slots. charge: training adds it times the mean number of latent slots (our reading of the paper)."""
+class PonderLM3(Charging, PonderLM2):
+    """Up to n - 1 latent slots; slot k is fed the normed final state of slot k - 1 (arXiv 2603.02023). A router on the
+    state h of slot 0 says how much each counts: share = softmax(router(h)), w_k = share_k + ... + share_{n-1}. log w_k is
+    added to every attention logit of slot k's key, in the score channel. The mean of the states, weighted by share,
+    predicts. All n slots are trained; a reader stops at the last w of 1e-4 or more. A budget below the configuration's
+    takes the first slots. charge: calls that train add it times the mean number of latent slots, the sum of their w (our
+    reading of the paper)."""
     charge = 0.0
 
     def __init__(self, config):
         super().__init__(config)
-        self.router = start(nn.Linear(config.n_embd, int(config.budget), bias=False), config)
+        self.router = init_matrix(nn.Linear(config.n_embd, int(config.budget), bias=False), config)
         for block in self.blocks:
-            block.attn.config = replace(config, fork_layers=(0,))                    # so that it uses the score channel
+            block.attn.has_scores = True                                                 # log w is put where log P is
 
     def gates(self, h, n):
-        log_share = F.linear(h, self.router.weight[:n]).float().log_softmax(-1)      # (B, T, n)
+        log_share = F.linear(h, self.router.weight[:n]).float().log_softmax(-1)          # (B, T, n)
         log_w = log_share.flip(-1).logcumsumexp(-1).flip(-1)
-        return log_share.exp(), torch.cat((torch.zeros_like(log_w[..., :1]), log_w[..., 1:]), -1)
+        return log_share.exp(), F.pad(log_w[..., 1:], (1, 0))                            # w_0 is 1
 
-    def penalty(self, log_w):
-        return self.charge * log_w[..., 1:].exp().sum(-1).mean()
 
+# -- bubbles with one part changed -------------------------------------------------------------------------------------
 
 def scramble(h):
     """A hash of whole numbers below 2^32, int64: two rounds of xor-shift and multiply."""
@@ -326,27 +405,32 @@ def scramble(h):
 
 
 class RandomFork(Fork):
-    """Extras compete by chance: by a hash of a number drawn at the start, the token's place in the text and the
-    candidate's place in its token; a token read from a cache draws the same again. Scores still give forks their P."""
+    """Extras compete by chance instead of log P. Chance is a hash of a number drawn at the start, the token's number in
+    the text and the candidate's place in its token: a token read into a cache draws the same again. Scores still give
+    forks their P."""
+
     def __init__(self, config):
         super().__init__(config)
         self.register_buffer("salt", torch.randint(2**31, ()))
 
-    def select(self, logp, safe, s, budget, used):
-        i = torch.arange(logp.size(1), device=logp.device)
-        place = i - 2 * torch.searchsorted(s.tok, s.tok).repeat_interleave(2, 1)     # (B, M), of a candidate
-        key = scramble(scramble(s.t.repeat_interleave(2, 1) + self.salt & 0xFFFFFFFF) + place)
-        chance = ((key >> 8) + 1).float().div(2**24).log()                           # (B, M)
-        return super().select(torch.where(logp > PADDING, chance, logp), safe, s, budget, used)
+    def select(self, logp, streams, budget, extras_before):
+        begin = torch.searchsorted(streams.number, streams.number)                       # (B, N)
+        pair = torch.arange(begin.size(1), device=begin.device) - begin                  # (B, N), from 0 in each token
+        place = 2 * pair.unsqueeze(-1) + torch.arange(2, device=begin.device)            # (B, N, 2)
+        of_token = scramble(streams.number + self.salt & 0xFFFFFFFF).unsqueeze(-1)
+        chance = ((scramble(of_token + place) >> 8) + 1).float() / 2**24                 # in (0, 1]
+        return super().select(chance.log().to(logp), streams, budget, extras_before)
 
 
 class RandomSelection(Tinybubbles):
-    fork_layer = RandomFork
+    def new_fork_layer(self):
+        return RandomFork(self.config)
 
 
 class NoAttenuation(Tinybubbles):
-    """Blocks treat every stream as if P = 1: in attention's logits, its values, and the writes. Scores still choose,
-    and weigh the merge."""
+    """Blocks treat every stream as if its P were 1: in attention's logits, its values, and what is written. Scores
+    still choose, and weigh the merge."""
+
     def __init__(self, config):
         super().__init__(config)
         for block in self.blocks:
@@ -354,37 +438,43 @@ class NoAttenuation(Tinybubbles):
 
     @staticmethod
     def flatten(block, args):
-        x, s, cache = args
-        flat, there = copy.copy(s), s.logp > PADDING
-        flat.P = there.unsqueeze(-1).to(s.P)
-        flat.channel = torch.stack((torch.ones_like(s.logp), torch.where(there, 0.0, PADDING)), -1).unsqueeze(-1)
-        return x, flat, cache
+        x, streams, slots = args
+        flat, logp = copy.copy(streams), torch.where(streams.is_real, 0.0, PADDING).to(streams.logp)
+        flat.P = logp.exp().unsqueeze(-1)
+        flat.score_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)
+        return x, flat, slots
 
 
 class Mixture(Tinybubbles):
-    """Bubbles whose streams predict each for itself, merged as the paper's equation 11 does."""
-    merge, predict = "probability", PaperTinybubbles.predict
+    """Each stream predicts for itself, and the predictions are merged by equation 11, as in the paper's model."""
+
+    def predict(self, x, streams):
+        return mixture(self.head(x), streams)
 
 
-class RandomMixture(Mixture):
-    fork_layer = RandomFork
+class RandomMixture(RandomSelection, Mixture):
+    pass
 
+
+# -- where to fork, on the task urns -----------------------------------------------------------------------------------
 
 class HandFork(Fork):
-    """Placed by hand: of the task urns, hard tokens fork all their streams, and nothing else does. The budget has to
-    hold them."""
-    def select(self, logp, safe, s, budget, used):
-        wanted = self.hard.gather(1, s.tok.clamp(max=s.T - 1)) & (s.tok < s.T)       # (B, N)
-        return safe | wanted.repeat_interleave(2, 1)
+    """Placed by hand: hard tokens fork all their streams, and nothing else does. The budget has to hold them."""
+    hard = None     # (B, T), which tokens of this call are hard
+
+    def select(self, logp, streams, budget, extras_before):
+        hard = self.hard.gather(1, streams.owner.clamp(max=streams.T - 1)) & streams.is_real  # (B, N)
+        return streams.kept_original | hard.unsqueeze(-1)
 
 
 class Hand(Tinybubbles):
-    fork_layer = HandFork
+    def new_fork_layer(self):
+        return HandFork(self.config)
 
-    def read(self, idx, *rest):
+    def read(self, idx, budget, cache, trace):
         for fork in self.forks.values():
             fork.hard = idx >= self.config.vocab_size - Urns.HARD
-        return super().read(idx, *rest)
+        return super().read(idx, budget, cache, trace)
 
 
 class HandMixture(Hand, Mixture):
@@ -392,69 +482,76 @@ class HandMixture(Hand, Mixture):
 
 
 class NoisyFork(Fork):
-    """In training, extras compete by log P plus Gumbel noise, which fades linearly within the first `steps` of them."""
-    steps = 1500
+    """In calls that train, extras compete by log P plus Gumbel noise, which fades linearly within the first `steps`."""
+    steps, noisy = 1500, False
 
     def __init__(self, config):
         super().__init__(config)
         self.register_buffer("step", torch.zeros(()))
 
-    def noise(self, left):
+    def scale(self, left):
+        """How strong the noise is while this share of the steps is left, or less than 0 after them."""
         return left.clamp(min=0)
 
-    def select(self, logp, safe, s, budget, used):
-        if torch.is_grad_enabled() and self.training:
-            logp = logp - self.noise(1 - self.step / self.steps) * (-torch.rand_like(logp).log()).log()
+    def select(self, logp, streams, budget, extras_before):
+        if self.noisy:
+            gumbel = -(-torch.rand_like(logp).log()).log()
+            logp = logp + self.scale(1 - self.step / self.steps) * gumbel
             self.step += 1
-        return super().select(logp, safe, s, budget, used)
+        return super().select(logp, streams, budget, extras_before)
 
 
 class FadingNoise(Mixture):
-    fork_layer = NoisyFork
+    def new_fork_layer(self):
+        return NoisyFork(self.config)
+
+    def read(self, idx, budget, cache, trace):
+        for fork in self.forks.values():
+            fork.noisy = trains(self, cache)
+        return super().read(idx, budget, cache, trace)
 
 
 class RandomFirstFork(NoisyFork):
     """The noise drowns log P, then is gone: forks are placed at random until their P have been taught."""
-    def noise(self, left):
+
+    def scale(self, left):
         return 20.0 * (left > 0)
 
 
-class RandomFirst(Mixture):
-    fork_layer = RandomFirstFork
+class RandomFirst(FadingNoise):
+    def new_fork_layer(self):
+        return RandomFirstFork(self.config)
 
 
-class Charged(Mixture):
-    """Training adds `charge` times the sum of the extras' P per token, in every block: what is of no use shall go."""
-    charge = 0.01
-
-    def read(self, idx, targets, budget, cache, streams):
-        streams = [] if streams is None else streams
-        log_probs = super().read(idx, targets, budget, cache, streams)
-        if self.training and targets is not None:
-            extras = sum(logp.exp().sum() for tok, logp in streams) / idx.numel() - len(streams)
-            log_probs = log_probs - self.charge * extras                             # the loss is their mean, negated
-        return log_probs
+class Charged(Charging, Mixture):
+    """What is of no use shall go."""
 
 
 class SureFork(Fork):
-    """At the start a stream forks and stays with a probability near 1 (0.95), so that forks count from the first step
-    on, and are taught."""
+    """At the start a stream forks and stays with a probability near 1 (0.95): so forks count from the first step on,
+    and are taught."""
+
     def __init__(self, config):
         super().__init__(config)
-        self.score.register_forward_hook(lambda layer, read, score: score + 3.0)
+        self.score.register_forward_hook(lambda layer, args, score: score + 3.0)
 
 
 class SureCharged(Charged):
-    fork_layer = SureFork
+    def new_fork_layer(self):
+        return SureFork(self.config)
 
 
 class FloorFork(SureFork):
     """No extra is wanted whose P is below a floor: what counts for nothing takes no room from what comes later."""
     floor = 0.1
 
-    def select(self, logp, safe, s, budget, used):
-        return super().select(torch.where(logp < math.log(self.floor), PADDING, logp), safe, s, budget, used)
+    def select(self, logp, streams, budget, extras_before):
+        below = (logp < math.log(self.floor)) & ~streams.kept_original                   # (B, N, 2)
+        others = copy.copy(streams)
+        others.kept_original = streams.kept_original | below                             # so `below` do not compete
+        return super().select(logp, others, budget, extras_before) & ~below
 
 
 class Floor(Charged):
-    fork_layer = FloorFork
+    def new_fork_layer(self):
+        return FloorFork(self.config)

@@ -1,4 +1,5 @@
 """The rivals of experiments/rivals.py, each against its definition: `python -m pytest tests/test_rivals.py`."""
+import copy
 import math
 
 import numpy as np
@@ -10,9 +11,10 @@ from experiments import rivals
 from experiments.compare import ARMS, count_flops, decode
 from tasks.urns import Urns
 from test_tinybubbles import SMALL, layer_norm, log_softmax, oracle_turn, random_model, tokens
-from tinybubbles import Cache, Config, Streams
+from tinybubbles import Config, Streams
 from tools.program import read_flags
 from train import Settings as TrainSettings
+from train import Trainer, measure_bars
 
 PLAIN = dict(fork_layers=())
 KINDS = {   # class: configuration, budgets to read at, positions that pass through all blocks for one generated token
@@ -28,8 +30,10 @@ KINDS = {   # class: configuration, budgets to read at, positions that pass thro
     rivals.Hand: (dict(budget=8.0), (8,), None),                       # of so few words all are hard
     rivals.HandMixture: (dict(budget=8.0), (8,), None),
     **{kind: ({}, (1, 1.5, 3), None) for kind in (
-        rivals.Mixture, rivals.RandomMixture, rivals.FadingNoise, rivals.RandomFirst, rivals.Charged,
-        rivals.SureCharged, rivals.Floor)},
+        rivals.Mixture, rivals.RandomMixture, rivals.FadingNoise, rivals.RandomFirst, rivals.Charged)},
+    # Sure forks of the first layer stay, and are served first: at a budget of 2 the second one has no room for its own.
+    rivals.SureCharged: (dict(budget=3.0), (1, 1.5, 3), None),
+    rivals.Floor: (dict(budget=3.0), (1, 1.5, 3), None),
 }
 EACH = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
@@ -61,11 +65,37 @@ def test_cached_logits_are_the_full_ones_for_any_chunks(kind):
     for seed in range(3):
         model, idx = make(kind, seed), tokens(seed, B=3, T=14)
         for budget in KINDS[kind][1]:
-            full, cache = model(idx, budget=budget)[0], Cache()
+            full, cache = model(idx, budget=budget)[0], model.new_cache(3, budget)
             parts = [model(idx[:, a:b], budget=budget, cache=cache)[0] for a, b in ((0, 5), (5, 6), (6, 7), (7, 14))]
             assert (torch.cat(parts, 1) - full).abs().max() < 2e-5
             assert (decode(model, idx, budget) - full).abs().max() < 2e-5
-            assert full.exp().sum(-1).sub(1).abs().max() < 1e-5
+            if issubclass(kind, rivals.Mixture):                      # whose logits are log-probabilities
+                assert full.exp().sum(-1).sub(1).abs().max() < 1e-5
+
+
+@EACH
+def test_after_a_call_that_fails_the_same_call_gives_the_right_logits(kind):
+    """It fails in the first run of a block, in one half way through, or in the last."""
+    model, idx, budget = make(kind), tokens(0, B=3, T=9), KINDS[kind][1][-1]
+    full, cache, runs = model(idx, budget=budget)[0], model.new_cache(3, budget), []
+
+    def run_block(block, args, x):
+        runs.append(block)
+        if len(runs) == fails_at:
+            raise InterruptedError
+
+    for block in model.blocks:
+        block.register_forward_hook(run_block)
+    read = lambda a, b: model(idx[:, a:b], budget=budget, cache=cache)[0]
+    fails_at = None
+    read(0, 5), runs.clear(), read(5, 9)
+    for fails_at in (1, len(runs) // 2, len(runs)):
+        cache.clear()
+        runs[:] = [None] * fails_at                                   # no failure here
+        read(0, 5), runs.clear()
+        with pytest.raises(InterruptedError):
+            read(5, 9)
+        assert cache.length == 5 and (read(5, 9) - full[:, 5:]).abs().max() < 2e-5
 
 
 @EACH
@@ -90,9 +120,7 @@ def test_flops_are_those_of_the_positions_that_are_run(kind):
     """By PyTorch's counter, over a text read token by token; S, the cache's slots, take part in each attention."""
     model, idx, V, D, L = make(kind), tokens(0, B=1), 11, 16, 4
     for n in KINDS[kind][1]:
-        cache = Cache()
-        model(idx[:, :1], budget=n, cache=cache)
-        S, positions = cache.kv[0].size(1), KINDS[kind][2](n)
+        S, positions = model.new_cache(1, n).kv[0].size(3), KINDS[kind][2](n)
         counted = count_flops(lambda: decode(model, idx, n)) / idx.size(1)
         router = 2 * D * n * (kind is rivals.PonderLM3)
         assert counted == positions * L * (24 * D * D + 4 * S * D) + 2 * D * V + router
@@ -137,7 +165,8 @@ def predictions(model, x):
 
 
 def agrees(model, idx, budget, expected):
-    assert np.abs(model(idx, budget=budget)[0][0].detach().numpy() - expected).max() < 5e-5
+    log_probs = model(idx, budget=budget)[0][0].log_softmax(-1)
+    assert np.abs(log_probs.detach().numpy() - expected).max() < 5e-5
 
 
 def causal(N):
@@ -183,7 +212,9 @@ def test_random_pauses_in_training_are_read_like_tokens_and_never_a_target():
         for i in range(T - 1):
             at = int((~pause[row, :i + 1]).sum()) - 1
             assert wanted[row, i] == (-1 if pause[row, i + 1] else targets[row, at])
-    model.insert, found = lambda *given: (read, wanted), model.read(read, wanted, 3, None, None)[..., 0]
+    log_probs = model.read(read, 1, None, None)[0].log_softmax(-1)
+    found = log_probs.gather(-1, wanted.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    model.insert = lambda *given: (read, wanted)
     assert model(idx, targets)[1].item() == pytest.approx(-found[wanted != -1].mean().item())
     x = model.wte.weight.detach().double().numpy()[read[0]]
     x[pause[0]] = model.pause.detach().double().numpy()
@@ -220,22 +251,21 @@ def test_a_token_that_leaves_early_stands_as_of_its_latest_iteration():
     for limit, same in ((math.inf, 2), (-1.0, 3)):
         model.exit_kl = limit
         assert (decode(model, idx, 3) - model(idx, budget=same)[0]).abs().max() < 2e-5
-    model.exit_kl, cache, left = 0.1, Cache(), []
+    model.exit_kl, cache, left = 0.1, model.new_cache(3, 3), []
     for t in range(9):
         model(idx[:, t:t + 1], budget=3, cache=cache)
-        late, second = cache.kv[1, 2][:, t], cache.kv[1, 1][:, t]
-        left.append((late == second).flatten(1).all(1))
+        late, second = (cache.kv[model.layer_in_cache(1, i)][:, :, :, t] for i in (2, 1))      # (2, B, H, d)
+        left.append((late == second).all(-1).all(-1).all(0))
     left = torch.stack(left)
     assert left.any() and not left.all()
 
 
 def test_iterations_are_drawn_as_published():
     model, drawn = make(rivals.RecurrentDepth).train(), []
-    model.core, model.coda = lambda x, where, cache, i: drawn.append(i) or x, lambda s, *rest: s
+    model.core, model.coda = lambda x, streams, slots, i: drawn.append(i) or x, lambda s, *rest: s
     torch.manual_seed(0)
     for _ in range(400):
-        with torch.no_grad():
-            model(tokens(0, B=1, T=1), tokens(1, B=1, T=1))
+        model(tokens(0, B=1, T=1), tokens(1, B=1, T=1))
     assert drawn.count(0) == 400 and len(drawn) / 400 == pytest.approx(4, rel=0.1)            # budget + 1
 
 
@@ -286,9 +316,9 @@ def test_enough_sweeps_of_training_are_the_exact_reading(kind):
 
 
 def streams_of(model, idx, budget):
-    streams = []
-    model(idx, budget=budget, streams=streams)
-    return streams[-1][0]
+    trace = []
+    model(idx, budget=budget, trace=trace)
+    return trace[-1][0]
 
 
 def test_random_selection_spends_the_same_and_ignores_what_is_said():
@@ -317,53 +347,86 @@ def test_without_attenuation_scores_only_choose_and_merge():
 
 
 def test_the_hand_places_three_forks_at_every_hard_token_within_a_budget_of_one_and_a_half():
-    data, streams = Urns(read_flags(TrainSettings, ["--dataset", "urns", "--block_size", "16"], "")), []
+    data = Urns(read_flags(TrainSettings, ["--dataset", "urns", "--block_size", "16"], ""))
     idx = torch.from_numpy(data.val_batch(0)[0])
     shape = dict(vocab_size=data.vocab_size, block_size=16, fork_layers=(0, 1))
-    random_model(0, rivals.HandMixture, **shape)(idx, budget=1.5, streams=streams)
-    for tok in streams[-1][0]:
-        assert torch.bincount(tok[tok >= 0]).tolist() == [4 if hard else 1 for hard in data.hard]
+    for owner in streams_of(random_model(0, rivals.HandMixture, **shape), idx, 1.5):
+        assert torch.bincount(owner[owner >= 0]).tolist() == [4 if hard else 1 for hard in data.hard]
 
 
 def test_each_stream_of_a_mixture_predicts_for_itself():
     """Two streams whose P are 1 and 1/3 mix their distributions three to one."""
     model, x = make(rivals.Mixture), torch.randn(1, 2, 16, dtype=torch.float64)
-    tok, logp = torch.tensor([[0, 0]]), torch.tensor([[1 / 3, 1.0]]).log()
-    s = Streams(tok, logp, 1, torch.ones(1, 1), model.frequency, None, 0)
-    fork, original = model.log_probs(x, None)[0].exp()
-    assert torch.allclose(model.predict(x, s, None)[0, 0].exp(), 0.25 * fork + 0.75 * original)
+    owner, logp = torch.tensor([[0, 0]]), torch.tensor([[1 / 3, 1.0]]).log()
+    streams = Streams(owner, logp, 1, torch.zeros(1, 1), model.frequency)
+    fork, original = model.head(x)[0].softmax(-1)
+    assert torch.allclose(model.predict(x, streams)[0, 0].exp(), 0.25 * fork + 0.75 * original)
 
 
 def test_noise_moves_the_choice_in_training_and_fades():
     for kind in (rivals.FadingNoise, rivals.RandomFirst):
         model, plain, idx = make(kind), make(rivals.Mixture), tokens(0, B=8, T=24)
         plain.load_state_dict(model.state_dict(), strict=False)
-        chosen = lambda: (streams_of(model.train(), idx, 1.5), streams_of(plain.train(), idx, 1.5))
-        for fork in [*model.forks.values(), *plain.forks.values()]:
-            fork.bar.fill_(math.log(0.5))
-        assert not torch.equal(*chosen())
-        assert torch.equal(streams_of(model.eval(), idx, 1.5), streams_of(plain.eval(), idx, 1.5))
+        forks = list(model.forks.values())
+
+        def choose(training):
+            for fork in [*forks, *plain.forks.values()]:
+                fork.bar.fill_(math.log(0.5))                         # training moves it
+            return [streams_of(one.train(training), idx, 1.5) for one in (model, plain)]
+
+        assert not torch.equal(*choose(training=True))
+        assert torch.equal(*choose(training=False))
         for left, same in ((1, kind is rivals.FadingNoise), (0, True)):
-            for fork in model.forks.values():
+            for fork in forks:
                 assert fork.step > 0
                 fork.step.fill_(fork.steps - left)
-            assert torch.equal(*chosen()) == same
+            assert torch.equal(*choose(training=True)) == same
+
+
+def test_bars_are_measured_without_noise():
+    model, idx = make(rivals.RandomFirst).train(), tokens(0, B=8, T=24)
+    measure_bars(model, idx, (1.5,))
+    bars = [fork.bar.clone() for fork in model.forks.values()]
+    measure_bars(model, idx, (1.5,))
+    for fork, bar in zip(model.forks.values(), bars):
+        assert fork.step == 0 and torch.equal(fork.bar, bar)
 
 
 def test_the_charge_is_the_extras_p_per_token_in_every_block_and_only_trained():
-    model, idx, targets, streams = make(rivals.Charged), tokens(0), tokens(1), []
-    charged = model.train()(idx, targets, streams=streams)[1]
-    extras = sum(logp.exp().sum() / idx.numel() - 1 for _, logp in streams)
-    assert extras > 0.1
-    assert (charged - model.eval()(idx, targets)[1]).item() == pytest.approx(0.01 * extras.item(), rel=1e-5)
+    model, idx, targets, trace = make(rivals.Charged), tokens(0), tokens(1), []
+    free = model(idx, targets)[1]
+    charged = model.train()(idx, targets, trace=trace)[1]
+    extras = sum(logp.exp().sum() / idx.numel() - 1 for _, logp in trace)
+    assert len(trace) == model.config.n_layer and extras > 0.1
+    assert (charged - free).item() == pytest.approx(0.01 * extras.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind, forks", [(rivals.Charged, "1,2"), (rivals.PonderLM3, "none")],
+                         ids=lambda value: getattr(value, "__name__", "forks " + str(value)))
+def test_each_of_two_accumulated_batches_is_charged_for_its_own_extras(kind, forks, tmp_path):
+    flags = f"--dataset urns --block_size 16 --n_embd 16 --n_head 2 --fork_layers {forks} --device cpu"
+    settings = read_flags(TrainSettings, f"{flags} --gradient_accumulation_steps 2 --out_dir {tmp_path}".split(), "")
+    trainer = Trainer(settings, make=lambda config, paper: kind(config))
+    trainer.model.charge = 0.5
+    free = copy.deepcopy(trainer.model)
+    free.charge, expected = 0.0, []
+    for number in range(2):
+        rng, trace = trainer.random(0, number), []
+        batch = trainer.data.train_batch(rng)
+        torch.manual_seed(int(rng.integers(2 ** 63)))                 # as train_step does
+        loss = trainer.loss(free, batch, 2.0, trace).item()
+        extras = sum(logp.exp().sum().item() / batch[0].size - 1 for _, logp in trace)
+        assert extras > 0.1
+        expected.append(loss + 0.5 * extras)
+    assert trainer.train_step(0)[0].item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_sure_scores_start_near_one_and_no_extra_below_the_floor_is_kept():
     for kind, left in ((rivals.SureCharged, 48), (rivals.Floor, 24)):
-        model, idx, streams = kind(Config(vocab_size=11)), tokens(0), []
-        model(idx, streams=streams)
-        tok, logp = streams[-1]
-        assert (tok >= 0).sum() == 48 and 0.5 < logp.exp().min() < 1
+        model, idx, trace = kind(Config(vocab_size=11)).eval(), tokens(0), []   # bars let everything through
+        model(idx, trace=trace)
+        owner, logp = trace[-1]
+        assert (owner >= 0).sum() == 48 and 0.5 < logp.exp().min() < 1
         for fork in model.forks.values():
             fork.score.register_forward_hook(lambda layer, read, score: score - 9.0)
         assert (streams_of(model, idx, 2) >= 0).sum() == left
