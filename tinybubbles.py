@@ -306,14 +306,7 @@ class Fork(nn.Module):
         learns: whether this is a forward pass of training, which moves the bar."""
         is_original = kept_originals(streams)                                         # (B, N, 2)
         is_extra = streams.is_real.unsqueeze(-1) & ~is_original
-        # The bar is that of the lowest budget which is not below ours and has been measured. If that is not
-        # our own, the bar is too low: more extras are wanted than may be had, and the quota trims them. If
-        # there is none, all are wanted. (Tensors say which bar it is, as asking for a number would make a GPU
-        # wait.)
-        measured = (self.budgets >= budget - ROUNDING) & (self.bar != NEVER_MEASURED)         # (R,)
-        bar_index = measured.int().argmax(0, keepdim=True)                            # (1,), the first
-        bar = self.bar.masked_fill(~measured, NEVER_MEASURED).gather(0, bar_index)    # (1,)
-        wanted = is_extra & (logp >= bar)                                             # (B, N, 2)
+        wanted = is_extra & (logp >= self.bar_for(budget))                            # (B, N, 2)
         if learns:
             self.move_bar(budget, logp, is_extra, tokens=len(logp) * streams.T)
         # The most extras that the tokens up to and including a stream's own may hold together.
@@ -324,6 +317,14 @@ class Fork(nn.Module):
         in_turn = wanted.flip(-1).flatten(1)                                          # (B, 2N)
         admitted = admit(in_turn, allowed.repeat_interleave(2, dim=1), earlier_extras)
         return is_original | admitted.unflatten(1, (-1, 2)).flip(-1)
+
+    def bar_for(self, budget):
+        """The bar (1,) of a budget: of those not below it that have been measured, the lowest budget's. If that is
+        a higher budget, its bar is lower: more extras are wanted than may be had, and the quota trims them. If
+        there is none, all extras are wanted. (A tensor says which it is: to ask for a number makes a GPU wait.)"""
+        measured = (self.budgets >= budget - ROUNDING) & (self.bar != NEVER_MEASURED)         # (R,)
+        first = measured.int().argmax(0, keepdim=True)                                # (1,), 0 if there is none
+        return self.bar.masked_fill(~measured, NEVER_MEASURED).gather(0, first)
 
     @torch.no_grad()
     def move_bar(self, budget, logp, is_extra, tokens):

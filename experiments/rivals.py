@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tasks.urns import Urns  # noqa: E402
-from tinybubbles import PADDING, Cache, Fork, Streams, Tinybubbles, check_budget, init_matrix, mixture  # noqa: E402
+from tinybubbles import (PADDING, Cache, Fork, Slots, Streams, Tinybubbles, check_budget, init_matrix,  # noqa: E402
+                         kept_originals, mixture)
 
 LEAST_LOG_W = math.log(1e-4)    # a PonderLM reads no slot that counts less
 
@@ -95,7 +96,7 @@ class Rival(Tinybubbles):
         for block in self.blocks:
             x = block(x, streams, slots)
             if trace is not None:
-                trace.append((streams.number - 1, streams.logp))
+                trace.append((streams.token_number - 1, streams.logp))
         return x
 
     def learned_vector(self):
@@ -109,7 +110,7 @@ class Copies(Rival):
 
     def read(self, idx, n, cache, trace):
         streams = self.positions(idx, n, cache)
-        slots = None if cache is None else cache.reserve(0, streams)
+        slots = None if cache is None else Slots(cache, 0, streams)
         x = self.drop(self.wte(idx)).repeat_interleave(n, 1)                             # (B, N, D)
         x = self.run(x, streams, slots, trace).unflatten(1, (-1, n))                     # (B, T, n, D)
         return self.head(self.merge(x)), streams.count.unsqueeze(0)
@@ -135,8 +136,8 @@ class Pauses(Rival):
 
     def read(self, idx, n, cache, trace):
         streams = self.positions(idx, n, cache)
-        self.move_to(streams, streams.number)
-        slots = None if cache is None else cache.reserve(0, streams)
+        self.move_to(streams, streams.token_number)
+        slots = None if cache is None else Slots(cache, 0, streams)
         pauses = self.pause.expand(*idx.shape, n - 1, -1)                                # (B, T, n - 1, D)
         x = torch.cat((self.wte(idx).unsqueeze(2), pauses), 2).flatten(1, 2)             # (B, N, D)
         x = self.run(self.drop(x), streams, slots, trace)
@@ -176,7 +177,7 @@ class RandomPauses(Pauses):
         text = self.positions(idx, 1, cache)
         if n > 1:
             cache = self.cache_of_this_call(len(idx), n, cache)
-        slots = None if cache is None else cache.reserve(0, text)
+        slots = None if cache is None else Slots(cache, 0, text)
         x = self.run(x, text, slots, trace)
         if n > 1:
             cache.commit(text.count.unsqueeze(0), 0)
@@ -187,11 +188,11 @@ class RandomPauses(Pauses):
         """What predicts, (B, T, D): the last of the n - 1 pauses that follow each token, as if it ended the text."""
         pauses = self.positions(idx, n - 1, cache)
         nth = torch.arange(1, n, device=idx.device).repeat(idx.size(1))                  # (N,), from 1 for each token
-        self.move_to(pauses, pauses.number + nth)
-        slots = cache.reserve(0, pauses)
+        self.move_to(pauses, pauses.token_number + nth)
+        slots = Slots(cache, 0, pauses)
         # A pause sees the text up to its token, and the pauses of its token up to itself.
-        every_slot, own_first = cache.slots[0], slots.slot - nth + 1                     # (S,), (B, N)
-        hidden = (every_slot >= pauses.number.unsqueeze(-1)) & (every_slot < own_first.unsqueeze(-1))  # (B, N, S)
+        every_slot, own_first = cache.slot_numbers[0], slots.slot - nth + 1                     # (S,), (B, N)
+        hidden = (every_slot >= pauses.token_number.unsqueeze(-1)) & (every_slot < own_first.unsqueeze(-1))  # (B, N, S)
         slots.mask = slots.mask.masked_fill(hidden.unsqueeze(1), -math.inf)
         x = self.drop(self.pause.repeat(*pauses.owner.shape, 1))                         # (B, N, D)
         return self.run(x, pauses, slots)[:, n - 2::n - 1]
@@ -246,9 +247,9 @@ class RecurrentDepth(Rival):
 
     def read(self, idx, r, cache, trace):
         streams = self.positions(idx, 1, cache)
-        slots = None if cache is None else cache.reserve(0, streams)
+        slots = None if cache is None else Slots(cache, 0, streams)
         e = self.blocks[0](self.drop(self.wte(idx) * math.sqrt(self.config.n_embd)), streams, slots)
-        s = self.noise[streams.number - 1]                                               # (B, T, D)
+        s = self.noise[streams.token_number - 1]                                               # (B, T, D)
         if trains(self, cache):
             r = int(torch.poisson((math.log(r) - 1 / 8 + torch.randn(()) / 2).exp())) + 1  # section 3.3; mean: budget + 1
             s = self.draw_noise(torch.empty_like(s))
@@ -268,7 +269,7 @@ class RecurrentDepth(Rival):
         for later in range(i + 1, 0 if cache is None else cache.budget):
             self.keep_latest(slots, later, torch.zeros_like(going))
         if trace is not None:
-            trace.append((streams.number - 1, streams.logp))
+            trace.append((streams.token_number - 1, streams.logp))
         return self.head(self.coda(s, streams, slots)), streams.count.unsqueeze(0)
 
     def core(self, x, streams, slots, i):
@@ -338,7 +339,7 @@ class PonderLM2(Rival):
             stream_counts = cache.filled - filled_before
         if trace is not None:
             log_w = log_w.flatten(1)                                                     # (B, N)
-            trace.append((torch.where(log_w < LEAST_LOG_W, -1, streams.number - 1), log_w))
+            trace.append((torch.where(log_w < LEAST_LOG_W, -1, streams.token_number - 1), log_w))
         return self.head(h), stream_counts
 
     def sweep(self, x, idx, n):
@@ -347,7 +348,7 @@ class PonderLM2(Rival):
         share, log_w = self.gates(first, n)
         fed = first.unsqueeze(2).expand(-1, -1, n - 1, -1)                               # (B, T, n - 1, D), to slots 1 on
         streams = self.positions(idx, n, None)
-        self.move_to(streams, streams.number)
+        self.move_to(streams, streams.token_number)
         J = self.sweeps[int(torch.randint(len(self.sweeps), ()))]
         for _ in range(J + 1):
             slots = torch.cat((x.unsqueeze(2), fed), 2).flatten(1, 2)                    # (B, N, D)
@@ -366,7 +367,7 @@ class PonderLM2(Rival):
                 break
             owner, logp = torch.where(runs, 0, 1), torch.where(runs, 0.0, PADDING).to(x)
             streams = Streams(owner, logp, 1, seen, self.frequency)
-            x = self.states(x, streams, log_w[..., k], cache.reserve(0, streams))        # (B, 1, D)
+            x = self.states(x, streams, log_w[..., k], Slots(cache, 0, streams))        # (B, 1, D)
             cache.commit(streams.count.unsqueeze(0), 0)
             if k == 0:
                 share, log_w = self.gates(x, n)
@@ -413,13 +414,13 @@ class RandomFork(Fork):
         super().__init__(config)
         self.register_buffer("salt", torch.randint(2**31, ()))
 
-    def select(self, logp, streams, budget, extras_before):
-        begin = torch.searchsorted(streams.number, streams.number)                       # (B, N)
+    def select(self, logp, streams, budget, earlier_extras, learns):
+        begin = torch.searchsorted(streams.token_number, streams.token_number)                       # (B, N)
         pair = torch.arange(begin.size(1), device=begin.device) - begin                  # (B, N), from 0 in each token
         place = 2 * pair.unsqueeze(-1) + torch.arange(2, device=begin.device)            # (B, N, 2)
-        of_token = scramble(streams.number + self.salt & 0xFFFFFFFF).unsqueeze(-1)
+        of_token = scramble(streams.token_number + self.salt & 0xFFFFFFFF).unsqueeze(-1)
         chance = ((scramble(of_token + place) >> 8) + 1).float() / 2**24                 # in (0, 1]
-        return super().select(chance.log().to(logp), streams, budget, extras_before)
+        return super().select(chance.log().to(logp), streams, budget, earlier_extras, learns)
 
 
 class RandomSelection(Tinybubbles):
@@ -462,9 +463,9 @@ class HandFork(Fork):
     """Placed by hand: hard tokens fork all their streams, and nothing else does. The budget has to hold them."""
     hard = None     # (B, T), which tokens of this call are hard
 
-    def select(self, logp, streams, budget, extras_before):
+    def select(self, logp, streams, budget, earlier_extras, learns):
         hard = self.hard.gather(1, streams.owner.clamp(max=streams.T - 1)) & streams.is_real  # (B, N)
-        return streams.kept_original | hard.unsqueeze(-1)
+        return kept_originals(streams) | hard.unsqueeze(-1)
 
 
 class Hand(Tinybubbles):
@@ -493,12 +494,12 @@ class NoisyFork(Fork):
         """How strong the noise is while this share of the steps is left, or less than 0 after them."""
         return left.clamp(min=0)
 
-    def select(self, logp, streams, budget, extras_before):
+    def select(self, logp, streams, budget, earlier_extras, learns):
         if self.noisy:
             gumbel = -(-torch.rand_like(logp).log()).log()
             logp = logp + self.scale(1 - self.step / self.steps) * gumbel
             self.step += 1
-        return super().select(logp, streams, budget, extras_before)
+        return super().select(logp, streams, budget, earlier_extras, learns)
 
 
 class FadingNoise(Mixture):
@@ -507,7 +508,7 @@ class FadingNoise(Mixture):
 
     def read(self, idx, budget, cache, trace):
         for fork in self.forks.values():
-            fork.noisy = trains(self, cache)
+            fork.noisy = trains(self, cache)                                             # not when bars are measured
         return super().read(idx, budget, cache, trace)
 
 
@@ -545,11 +546,8 @@ class FloorFork(SureFork):
     """No extra is wanted whose P is below a floor: what counts for nothing takes no room from what comes later."""
     floor = 0.1
 
-    def select(self, logp, streams, budget, extras_before):
-        below = (logp < math.log(self.floor)) & ~streams.kept_original                   # (B, N, 2)
-        others = copy.copy(streams)
-        others.kept_original = streams.kept_original | below                             # so `below` do not compete
-        return super().select(logp, others, budget, extras_before) & ~below
+    def bar_for(self, budget):
+        return super().bar_for(budget).clamp(min=math.log(self.floor))
 
 
 class Floor(Charged):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from experiments import rivals
 from experiments.compare import ARMS, count_flops, decode
 from tasks.urns import Urns
-from test_tinybubbles import SMALL, layer_norm, log_softmax, oracle_turn, random_model, tokens
+from test_tinybubbles import SMALL, layer_norm, log_softmax, rotate, random_model, tokens
 from tinybubbles import Config, Streams
 from tools.program import read_flags
 from train import Settings as TrainSettings
@@ -148,8 +148,8 @@ def twin(model, x, position, sees, add=None, layers=None):
         for h in range(H):
             for i in range(N):
                 js = [j for j in range(N) if sees[i][j]]
-                turned = oracle_turn(q[h, :, i], position[i])[:used]
-                logits = [turned @ oracle_turn(k[h, :, j], position[j])[:used] / math.sqrt(d)
+                turned = rotate(q[h, :, i], position[i])[:used]
+                logits = [turned @ rotate(k[h, :, j], position[j])[:used] / math.sqrt(d)
                           + (0 if add is None else add[j]) for j in js]
                 out[i, h] = np.exp(log_softmax(np.array(logits))) @ v[h, :, js]
         x = x + out.reshape(N, -1) @ w("attn.proj").T
@@ -230,7 +230,7 @@ def test_recurrent_depth_is_its_definition():
     def block(l, x):
         norms = [weights[f"blocks.{l}.norms.{i}.weight"] for i in range(4)]
         q, k, v = (rms(x, norms[0]) @ weights[f"blocks.{l}.attn.qkv.weight"].T).view(6, 3, 2, 8).permute(1, 2, 0, 3)
-        q, k = (torch.from_numpy(np.stack([[oracle_turn(u.numpy(), t + 1) for t, u in enumerate(head)] for head in z]))
+        q, k = (torch.from_numpy(np.stack([[rotate(u.numpy(), t + 1) for t, u in enumerate(head)] for head in z]))
                 for z in (q, k))
         y = (q @ k.mT / math.sqrt(8)).masked_fill(~torch.from_numpy(causal(6)), -math.inf).softmax(-1) @ v
         x = rms(x + y.transpose(0, 1).reshape(6, 16) @ weights[f"blocks.{l}.attn.proj.weight"].T, norms[1])
@@ -411,14 +411,14 @@ def test_each_of_two_accumulated_batches_is_charged_for_its_own_extras(kind, for
     free = copy.deepcopy(trainer.model)
     free.charge, expected = 0.0, []
     for number in range(2):
-        rng, trace = trainer.random(0, number), []
+        rng, trace = trainer.random(number), []
         batch = trainer.data.train_batch(rng)
         torch.manual_seed(int(rng.integers(2 ** 63)))                 # as train_step does
         loss = trainer.loss(free, batch, 2.0, trace).item()
         extras = sum(logp.exp().sum().item() / batch[0].size - 1 for _, logp in trace)
         assert extras > 0.1
         expected.append(loss + 0.5 * extras)
-    assert trainer.train_step(0)[0].item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert trainer.train_step()[0].item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_sure_scores_start_near_one_and_no_extra_below_the_floor_is_kept():
