@@ -530,15 +530,16 @@ class Slots:
     def __init__(self, cache, segment, streams):
         self.cache, every_slot = cache, cache.slot_numbers[segment]                   # (S,)
         free = cache.filled[segment] + torch.arange(streams.owner.size(1), device=every_slot.device)
-        self.slot = free.clamp(max=len(every_slot) - 1)                               # (B, N)
-        is_later = every_slot > self.slot.unsqueeze(-1)                               # (B, N, S)
+        slot = free.clamp(max=len(every_slot) - 1).unsqueeze(-1)                      # (B, N, 1)
+        self.slot = slot.unsqueeze(1)                                                 # (B, 1, N, 1), as for all heads
+        is_later = every_slot > slot                                                  # (B, N, S)
         self.mask = torch.where(is_later, -math.inf, 0.0).to(cache.kv[0].dtype).unsqueeze(1)  # (B, 1, N, S)
 
     def write(self, layer, k, v):
         """Write the new keys and values (B, H, N, d) of a block. Returns all of them, (B, H, S, d) each."""
         kv = self.cache.kv[layer]                                                     # (2, B, H, S, d)
         new = torch.stack((k, v)).detach().type_as(kv)                                # (2, B, H, N, d)
-        kv.scatter_(3, self.slot[:, None, :, None].expand_as(new), new)
+        kv.scatter_(3, self.slot.expand_as(new), new)
         return kv.unbind(0)
 
 

@@ -203,12 +203,13 @@ class Trainer:
         """Validation loss in nats per target, always of the same batches, shared out among the processes; None if `stop`
         is asked for meanwhile."""
         n, loss = self.s.eval_iters, torch.zeros((), device=self.device)
+        was_training = self.model.training
         self.model.eval()
         for i in range(self.rank, n, self.world):
             if stop is not None and stop.asked:
                 break
             loss += self.loss(self.model, self.data.val_batch(i), budget)
-        self.model.train()
+        self.model.train(was_training)
         loss = self.total(loss).item() / n
         return None if stop is not None and stop.agreed() else loss
 

@@ -141,7 +141,7 @@ class Job:
     def flags(self):
         p = PRESETS[self.preset]
         own = ARMS[self.arm].flags.format(deeper=p.deeper, wider=p.wider)
-        return (f"{p.flags} {own} --max_iters {p.marks[-1]} --learning_rate {self.rate} --min_lr {self.rate / 20} "
+        return (f"{p.flags} {own} --max_iters {p.marks[-1]} --learning_rate {self.rate} "
                 f"--seed {self.seed}")
 
     def path(self):
@@ -182,27 +182,29 @@ def train(job):
     run = dict(arm=job.arm, rate=job.rate, seed=job.seed, flags=job.flags(), loss={}, machine=machine(trainer.device),
                parameters=sum(p.numel() for p in trainer.model.parameters()))
     run = json.loads(path.read_text()) if path.exists() else run
-    for step in range(trainer.start, marks[-1] + 1):
+    while True:
+        step = trainer.step
         if step in marks:
             trainer.model.eval()
-            run["loss"][str(step)] = losses(trainer, ARMS[job.arm], step)
+            run["loss"][str(step)] = losses(trainer, ARMS[job.arm])
             if hasattr(trainer.data, "grade"):
                 grade = trainer.data.grade(trainer.model, float(ARMS[job.arm].budgets[0]), trainer.device)
                 run.setdefault("grade", {})[str(step)] = grade.tolist()
             trainer.model.train()
             write_atomically(path, lambda file: file.write(json.dumps(run).encode()))
         if step % 1000 == 0 or step == marks[-1]:
-            trainer.save("ckpt.pt", step)
-        if step < marks[-1]:
-            trainer.train_step(step)
-    return job
+            path.with_suffix("").mkdir(exist_ok=True)
+            write_atomically(path.with_suffix("") / "ckpt.pt", lambda file: torch.save(trainer.checkpoint(), file))
+        if step == marks[-1]:
+            return job
+        trainer.train_step()
 
 
 @torch.no_grad()
-def losses(trainer, arm, step):
+def losses(trainer, arm):
     """Validation loss at each of the arm's budgets, in nats per target, each prediction made from the tokens before it
     alone; if later tokens change earlier ones, also the loss that all tokens in one forward pass would have."""
-    trainer.measure_bars(step)
+    trainer.measure_other_bars()
     found = {f"{budget:g}": trainer.evaluate(float(budget)) for budget in arm.budgets}
     if not trainer.model.causal:
         found = {"in one pass": found[f"{arm.budgets[0]:g}"],
@@ -259,10 +261,10 @@ def measure(jobs):
     for arm, trainer in trainers.items():
         trainer.model.train()
         compiled, trainer.parallel = trainer.parallel, trainer.model  # what is compiled cannot be counted
-        eight_steps = count_flops(lambda: [trainer.train_step(step) for step in range(8)])
+        eight_steps = count_flops(lambda: [trainer.train_step() for _ in range(8)])
         trainer.parallel = compiled
         found[arm]["train_flops"] = eight_steps / 8 / trainer.s.batch_size / trainer.data.T
-    clock("step_time", lambda trainer, arm: trainer.train_step(0))
+    clock("step_time", lambda trainer, arm: trainer.train_step())
     return found
 
 

@@ -191,7 +191,7 @@ class RandomPauses(Pauses):
         self.move_to(pauses, pauses.token_number + nth)
         slots = Slots(cache, 0, pauses)
         # A pause sees the text up to its token, and the pauses of its token up to itself.
-        every_slot, own_first = cache.slot_numbers[0], slots.slot - nth + 1                     # (S,), (B, N)
+        every_slot, own_first = cache.slot_numbers[0], slots.slot[:, 0, :, 0] - nth + 1                     # (S,), (B, N)
         hidden = (every_slot >= pauses.token_number.unsqueeze(-1)) & (every_slot < own_first.unsqueeze(-1))  # (B, N, S)
         slots.mask = slots.mask.masked_fill(hidden.unsqueeze(1), -math.inf)
         x = self.drop(self.pause.repeat(*pauses.owner.shape, 1))                         # (B, N, D)
@@ -286,7 +286,7 @@ class RecurrentDepth(Rival):
         if slots is None or i == 0:
             return
         row = torch.arange(len(going), device=going.device).unsqueeze(1)                 # (B, 1)
-        at = slice(None), row, slice(None), slots.slot                                   # selects (B, T, 2, H, d)
+        at = slice(None), row, slice(None), slots.slot[:, 0, :, 0]                                   # selects (B, T, 2, H, d)
         for l in range(self.config.n_layer - 2):
             kv, kv_before = (slots.cache.kv[self.layer_in_cache(l, j)] for j in (i, i - 1))
             kv[at] = torch.where(going[:, :, None, None, None], kv[at], kv_before[at])
