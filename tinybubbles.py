@@ -402,10 +402,14 @@ class Streams:
         end = torch.searchsorted(self.token_number, self.token_number, right=True)
         place = torch.arange(owner.size(1), device=owner.device)
         position = self.token_number - (end - 1 - place) / (end - begin)              # (B, N)
+        self.move_to(position, frequency)
+        self.score_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)  # (2, B, 1, N)
+
+    def move_to(self, position, frequency):
+        """Put the streams at these rotary positions (B, N); frequency (d/2,)."""
         angle = position[:, None, :, None] * frequency                                # (B, 1, N, d/2)
         self.cos = angle.cos().repeat(1, 1, 1, 2)                                     # (B, 1, N, d)
         self.sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)                     # (B, 1, N, d)
-        self.score_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)  # (2, B, 1, N)
 
     def rotate(self, heads):
         """Turn the queries or keys (..., B, H, N, d) to the positions of their streams: of a head's two

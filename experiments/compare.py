@@ -87,18 +87,17 @@ ON_URNS = {
     "mixture, charge, sure, floor": Arm("--budget 1.5", (1.5, 4), rivals.Floor),
 }
 ARMS = ON_PLAYS | ON_URNS
-COLORS = {name: color for names, color in (
-    ((GPT, "deeper GPT", "wider GPT"), "#000000"), (("copy-2", "copy-2, last"), "#e69f00"),
-    (("pauses", "random pauses"), "#009e73"), (("recurrent depth",), "#cc79a7"),
-    (("PonderLM-2", "PonderLM-3"), "#d55e00"),
-    (("bubbles, each r",), "#0072b2"), (("bubbles, r = 2",), "#56b4e9"), (("bubbles, elastic",), "#003a6b"))
-    for name in names}
+COLORS = {GPT: "#000000", "deeper GPT": "#000000", "wider GPT": "#000000",
+          "copy-2": "#e69f00", "copy-2, last": "#e69f00", "pauses": "#009e73", "random pauses": "#009e73",
+          "recurrent depth": "#cc79a7", "PonderLM-2": "#d55e00", "PonderLM-3": "#d55e00",
+          "bubbles, each r": "#0072b2", "bubbles, r = 2": "#56b4e9", "bubbles, elastic": "#003a6b"}
 
 
 @dataclasses.dataclass
 class Preset:
-    """flags of train.py for every arm; the arms, () = all; how many seeds, from 0; learning rates in the order tried (a
-    run's lowest is a twentieth of it); the steps to evaluate after, the last one being the run's end."""
+    """flags of train.py for every arm; the arms, () = all; how many seeds, from 0; learning rates in the order tried
+    (AdamW's; Muon's, where it is used, is 2.5 times that); the steps to evaluate after, the last one being the run's
+    end."""
     flags: str
     arms: tuple
     seeds: int
@@ -116,14 +115,14 @@ PRESETS = {
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
     "text": Preset(SMALL, tuple(ON_PLAYS), 10, RATES, (2000,)),
-    "long": Preset("--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 --fork_layers 1,2 --batch_size 4",
+    "long": Preset("--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 --fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
-    "selection": Preset("--device cpu --dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 --fork_layers "
-                        "0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5", *ON_URNS), 10,
+    "selection": Preset("--device cpu --optimizer adamw --dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 "
+                        "--fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
-    "gpu": Preset("--device cuda --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
+    "gpu": Preset("--device cuda --optimizer adamw --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
                   "--batch_size 16 --dropout 0.1 --eval_iters 20", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"),
                   3, (1e-3,), (400, 1200)),
 }
@@ -142,7 +141,7 @@ class Job:
         p = PRESETS[self.preset]
         own = ARMS[self.arm].flags.format(deeper=p.deeper, wider=p.wider)
         return (f"{p.flags} {own} --max_iters {p.marks[-1]} --learning_rate {self.rate} "
-                f"--seed {self.seed}")
+                f"--muon_learning_rate {2.5 * self.rate:g} --seed {self.seed}")
 
     def path(self):
         """Of its JSON; two presets whose flags agree share a run."""
@@ -167,9 +166,9 @@ class Job:
         return Trainer(s, saved, lambda config, paper: ARMS[self.arm].make(config))
 
 
-def machine(device=None):
+def machine(device):
     """This machine, in words."""
-    name = torch.cuda.get_device_name() if device and device.type == "cuda" else f"{os.cpu_count()} cores"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
     return f"{platform.machine()}, {name}, PyTorch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -241,8 +240,9 @@ def count_flops(function):
 
 
 def measure(jobs):
-    """For each arm, a job of it that is done: FLOPs per token of training (the mean of 8 steps) and of generating at
-    each budget; and, as multiples of the plain GPT's, the shortest times of five turns of a step and of 32 tokens."""
+    """For each arm, a job of it that is done: FLOPs per token of training (forward and backward, the mean of 8 steps) and
+    of generating at each budget; and, as multiples of the plain GPT's, the shortest times of five turns of a step and of
+    32 tokens."""
     torch.set_num_threads(1)
     trainers, found = {job.arm: job.trainer() for job in jobs}, {}
     for arm, trainer in trainers.items():
@@ -261,8 +261,9 @@ def measure(jobs):
     for arm, trainer in trainers.items():
         trainer.model.train()
         compiled, trainer.parallel = trainer.parallel, trainer.model  # what is compiled cannot be counted
+        optimizers, trainer.optimizers = trainer.optimizers, []       # an optimizer's share depends on the batch's size
         eight_steps = count_flops(lambda: [trainer.train_step() for _ in range(8)])
-        trainer.parallel = compiled
+        trainer.parallel, trainer.optimizers = compiled, optimizers
         found[arm]["train_flops"] = eight_steps / 8 / trainer.s.batch_size / trainer.data.T
     clock("step_time", lambda trainer, arm: trainer.train_step())
     return found
@@ -325,47 +326,59 @@ def write_table(path, runs, found, marks, beside, about):
     path.write_text("\n".join([*lines, "", about]) + "\n", encoding="utf-8")
 
 
+def curves(runs, found, marks):
+    """The paired difference to the plain GPT, of every curve: {name: [(x, mean, half its interval)]}. With one mark, x
+    is the MFLOPs of a generated token, and a curve has a point for each budget; with several, x is the mark."""
+    points = {}
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        first = f"{ARMS[arm].budgets[0]:g}"
+        if len(marks) > 1:
+            points[arm] = [(mark, *interval(less(runs, arm, GPT, mark, first))) for mark in marks]
+        elif arm in found:
+            points.setdefault(ARMS[arm].curve or arm, []).extend(
+                (flops / 1e6, *interval(less(runs, arm, GPT, marks[-1], budget)))
+                for budget, flops in found[arm]["flops"].items())
+    return points
+
+
 def draw(path, runs, found, marks):
-    """The paired difference to the plain GPT with its 95 % interval: with one mark, against the FLOPs of a generated
-    token; with several, after each."""
+    """Draw the curves, with their 95 % intervals."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, LogLocator
     figure = Figure(figsize=(8, 5.5), layout="constrained", facecolor="white")
-    axes, curves, shapes = figure.subplots(), {}, iter("osD^v<>Ph*Xp" * 3)
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        curve = len(marks) == 1 and ARMS[arm].curve or arm
-        own, budget = curves.setdefault(curve, []), f"{ARMS[arm].budgets[0]:g}"
-        if len(marks) > 1:
-            own += [(mark, *interval(less(runs, arm, GPT, mark, budget))) for mark in marks]
-        elif arm in found:
-            own += [(flops / 1e6, *interval(less(runs, arm, GPT, marks[-1], budget)))
-                    for budget, flops in found[arm]["flops"].items()]
+    axes, shapes, over_steps = figure.subplots(), iter("osD^v<>Ph*Xp" * 3), len(marks) > 1
     axes.set_prop_cycle(color=colormaps["tab20"].colors)
-    for name, points in curves.items():
-        x, y, half = np.array(sorted(points)).T.reshape(3, -1)
+    for name, points in curves(runs, found, marks).items():
+        x, y, half = np.array(sorted(points)).T
         style = dict(color=COLORS.get(name), marker=next(shapes), markersize=6, label=name)
-        if len(marks) > 1:
+        if over_steps:
             color = axes.plot(x, y, **style)[0].get_color()
             axes.fill_between(x, y - half, y + half, color=color, alpha=0.08)
         else:
             axes.errorbar(x, y, yerr=np.nan_to_num(half), capsize=3, linewidth=1, **style)
-    axes.set(xscale="log", xlabel="step" if len(marks) > 1 else "MFLOPs of a generated token",
+    axes.set(xscale="log", xlabel="step" if over_steps else "MFLOPs of a generated token",
              ylabel="validation loss less the plain GPT's (nats)")
-    axes.xaxis.set_major_locator(FixedLocator(marks) if len(marks) > 1 else LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(FixedLocator(marks) if over_steps else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     note = "95 % intervals" if any(run["seed"] for run in runs) else "one seed"
-    if len(marks) == 1:                                               # a bad arm must not flatten the others
-        axes.set_yscale("symlog", linthresh=0.03, linscale=2)
-        view, note = axes.get_ylim(), note + "; beyond ±0.03 the scale is logarithmic"
-        axes.set_yticks([-0.1, -0.03, -0.02, -0.01, 0, 0.01, 0.02, 0.03, 0.1, 0.3, 1], minor=False)
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:+g}" if y else "0")
-        axes.set_ylim(view[0], 1.5 * view[1])
+    if not over_steps:
+        squeeze_far_losses(axes)
+        note += "; beyond ±0.03 the scale is logarithmic"
     figure.supxlabel(note, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def squeeze_far_losses(axes):
+    """Make the y axis logarithmic where it is far from 0: a bad arm must not flatten the others."""
+    axes.set_yscale("symlog", linthresh=0.03, linscale=2)
+    low, high = axes.get_ylim()
+    axes.set_yticks([-0.1, -0.03, -0.02, -0.01, 0, 0.01, 0.02, 0.03, 0.1, 0.3, 1], minor=False)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:+g}" if y else "0")
+    axes.set_ylim(low, 1.5 * high)
 
 
 # -- all of it --------------------------------------------------------------------------------------------------------

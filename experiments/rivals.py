@@ -1,12 +1,12 @@
 """
-What bubbles are compared with, built on tinybubbles' own blocks, so that only the idea differs. First other ways to
-compute more for a token: copies, pauses (two forms), recurrent depth, PonderLM-2 and PonderLM-3. Then bubbles with one
-part changed: they fork at random, are not attenuated, or merge as the paper's do. Then, for the task urns, forks that
-are placed by hand, and ways to teach bubbles where to put them.
+What bubbles are compared with, built on tinybubbles' own blocks, so that only the idea differs:
+    other ways to compute more for a token: copies, pauses (two forms), recurrent depth, PonderLM-2 and PonderLM-3;
+    bubbles with one part changed: they fork at random, are not attenuated, or merge as the paper's do;
+    for the task urns, forks that are placed by hand, and ways to teach bubbles where to put them.
 
-All are called, trained and sampled as a Tinybubbles is. The budget of a Rival is a whole number n, the positions that a
-token owns: its copies; the token and its pauses; the token and its latent slots. Of recurrent depth it is the number of
-iterations. `trains` says which calls train: some rivals compute otherwise then.
+All are called, trained and sampled as a Tinybubbles is. The budget of a Rival is a whole number n: how many positions a
+token owns, which are its copies, itself and its pauses, or itself and its latent slots; and with recurrent depth the
+number of iterations. Some compute otherwise in calls that train; `trains` says which do.
 
 Shapes: B rows, T tokens of this call, N positions, D = n_embd, H heads of d channels, V words, S slots of a cache.
 """
@@ -33,7 +33,7 @@ def trains(model, cache):
 
 
 class Charging(Tinybubbles):
-    """Calls that train add `charge` times the sum of the extras' P per token, in all blocks, to the loss."""
+    """Calls that train add `charge` times the extras' P per token to the loss, for each entry of the trace."""
     charge = 0.01
 
     def forward(self, idx, targets=None, *, budget=None, cache=None, trace=None):
@@ -42,7 +42,7 @@ class Charging(Tinybubbles):
         if trace is not None:
             trace.extend(own_trace)
         if targets is not None and trains(self, cache):
-            # The original of each token has a P of 1.
+            # All streams less the originals, whose P is 1.
             loss = loss + self.charge * sum(logp.exp().sum() / idx.numel() - 1 for _, logp in own_trace)
         return logits, loss
 
@@ -50,7 +50,8 @@ class Charging(Tinybubbles):
 # -- other ways to compute more for a token ----------------------------------------------------------------------------
 
 class Rival(Tinybubbles):
-    """What rivals share: nothing is forked, and every token has the same number of positions. Each defines `read`."""
+    """What rivals share: nothing is forked, and every token has the same number of positions, in all blocks. So a trace
+    gets one entry. Each defines `read`."""
 
     def whole_budget(self, budget):
         """The budget of a call, as an int, or ValueError."""
@@ -64,55 +65,46 @@ class Rival(Tinybubbles):
         n = self.whole_budget(budget)
         super().check(idx, targets, 1, cache)
         if cache is not None and n > cache.budget:
-            raise ValueError(f"this cache is for budgets up to {cache.budget}, not for {n}; make another with new_cache")
+            raise ValueError(f"this cache is for budgets up to {cache.budget}, not {n}; make another with new_cache")
         return n
 
     def new_cache(self, rows, budget=None):
+        """An empty Cache, with room for n positions of each token."""
         n = self.whole_budget(budget)
         return Cache(self, rows, n, [n], [0] * self.config.n_layer)
 
     def cache_of_this_call(self, rows, n, cache):
-        """A cache for a call that reads in parts. It shares the memory of `cache`, if there is one, but counts for
-        itself what is filled: `cache` is not changed unless the call succeeds."""
+        """A cache for a call that reads in parts. It has the memory of `cache`, if there is one, but its own count of
+        what is filled: if the call fails, nothing in `cache` has changed."""
         cache = self.new_cache(rows, n) if cache is None else copy.copy(cache)
         cache.filled = cache.filled.clone()
         return cache
 
     def positions(self, idx, n, cache):
-        """The Streams of n positions for each token of idx: they share the way from the token before."""
+        """The Streams of n positions for each token of idx."""
         B, T = idx.shape
-        owner = torch.arange(T, device=idx.device).repeat_interleave(n).repeat(B, 1)     # (B, N)
-        seen = torch.full_like(idx[:, :1], 0 if cache is None else cache.length)         # (B, 1)
+        owner = torch.arange(T, device=idx.device).repeat_interleave(n).repeat(B, 1)  # (B, N)
+        seen = torch.full_like(idx[:, :1], 0 if cache is None else cache.length)    # (B, 1)
         return Streams(owner, self.wte.weight.new_zeros(owner.shape), T, seen, self.frequency)
 
-    def move_to(self, streams, position):
-        """Move the streams to other rotary positions (B, N)."""
-        angle = position[:, None, :, None] * self.frequency                              # (B, 1, N, d/2)
-        streams.cos = angle.cos().repeat(1, 1, 1, 2)
-        streams.sin = torch.cat((-angle.sin(), angle.sin()), -1)
-
-    def run(self, x, streams, slots, trace=None):
+    def run(self, x, streams, cache, trace=None):
         """x (B, N, D) through all blocks."""
+        slots = None if cache is None else Slots(cache, 0, streams)
         for block in self.blocks:
             x = block(x, streams, slots)
-            if trace is not None:
-                trace.append((streams.token_number - 1, streams.logp))
+        if trace is not None:
+            trace.append((streams.token_number - 1, streams.logp))
         return x
-
-    def learned_vector(self):
-        """A parameter (D,), drawn as the embeddings are."""
-        return nn.Parameter(torch.randn(self.config.n_embd) * math.sqrt(2 / (5 * self.config.n_embd)))
 
 
 class Copies(Rival):
-    """Copy-n (a baseline of arXiv 2510.00219): each embedding n times, at rotary positions t - p/n. The sum of a token's
-    copies predicts, as of bubbles whose P are all 1."""
+    """Copy-n (a baseline of arXiv 2510.00219): each embedding n times, at rotary positions t - p/n. The sum of a
+    token's copies predicts, as in bubbles whose P are all 1."""
 
     def read(self, idx, n, cache, trace):
         streams = self.positions(idx, n, cache)
-        slots = None if cache is None else Slots(cache, 0, streams)
-        x = self.drop(self.wte(idx)).repeat_interleave(n, 1)                             # (B, N, D)
-        x = self.run(x, streams, slots, trace).unflatten(1, (-1, n))                     # (B, T, n, D)
+        x = self.drop(self.wte(idx)).repeat_interleave(n, 1)                        # (B, N, D)
+        x = self.run(x, streams, cache, trace).unflatten(1, (-1, n))                # (B, T, n, D)
         return self.head(self.merge(x)), streams.count.unsqueeze(0)
 
     def merge(self, x):
@@ -132,15 +124,14 @@ class Pauses(Rival):
 
     def __init__(self, config):
         super().__init__(config)
-        self.pause = self.learned_vector()
+        self.pause = nn.Parameter(torch.randn(config.n_embd) * math.sqrt(2 / (5 * config.n_embd)))  # as an embedding's
 
     def read(self, idx, n, cache, trace):
         streams = self.positions(idx, n, cache)
-        self.move_to(streams, streams.token_number)
-        slots = None if cache is None else Slots(cache, 0, streams)
-        pauses = self.pause.expand(*idx.shape, n - 1, -1)                                # (B, T, n - 1, D)
-        x = torch.cat((self.wte(idx).unsqueeze(2), pauses), 2).flatten(1, 2)             # (B, N, D)
-        x = self.run(self.drop(x), streams, slots, trace)
+        streams.move_to(streams.token_number, self.frequency)
+        pauses = self.pause.expand(*idx.shape, n - 1, -1)                           # (B, T, n - 1, D)
+        x = torch.cat((self.wte(idx).unsqueeze(2), pauses), 2).flatten(1, 2)        # (B, N, D)
+        x = self.run(self.drop(x), streams, cache, trace)
         return self.head(x[:, n - 1::n]), streams.count.unsqueeze(0)
 
 
@@ -157,7 +148,7 @@ class RandomPauses(Pauses):
         if targets is not None and trains(self, cache):
             self.check(idx, targets, budget, cache)
             idx, targets = self.insert(idx, targets)
-            budget = 1                                                                   # nothing is appended
+            budget = 1                                                              # nothing is appended
         return super().forward(idx, targets, budget=budget, cache=cache, trace=trace)
 
     def insert(self, idx, targets):
@@ -166,19 +157,18 @@ class RandomPauses(Pauses):
         number = round(0.1 * T)
         place = 1 + torch.rand(B, T + number - 1, device=idx.device).argsort(1)[:, :number]  # never the first
         is_pause = torch.zeros(B, T + number, dtype=torch.bool, device=idx.device).scatter(1, place, True)
-        latest = (~is_pause).cumsum(1) - 1                                               # the last token so far
+        latest = (~is_pause).cumsum(1) - 1                                          # the last token so far
         before_pause = is_pause.roll(-1, 1)
         return (idx.gather(1, latest).masked_fill(is_pause, -1)[:, :T],
                 targets.gather(1, latest).masked_fill(before_pause, -1)[:, :T])
 
     def read(self, idx, n, cache, trace):
         is_pause = (idx == -1).unsqueeze(-1)
-        x = self.drop(torch.where(is_pause, self.pause, self.wte(idx.clamp(min=0))))     # (B, T, D)
+        x = self.drop(torch.where(is_pause, self.pause, self.wte(idx.clamp(min=0))))  # (B, T, D)
         text = self.positions(idx, 1, cache)
         if n > 1:
             cache = self.cache_of_this_call(len(idx), n, cache)
-        slots = None if cache is None else Slots(cache, 0, text)
-        x = self.run(x, text, slots, trace)
+        x = self.run(x, text, cache, trace)
         if n > 1:
             cache.commit(text.count.unsqueeze(0), 0)
             x = self.run_appended(idx, n, cache)
@@ -187,20 +177,24 @@ class RandomPauses(Pauses):
     def run_appended(self, idx, n, cache):
         """What predicts, (B, T, D): the last of the n - 1 pauses that follow each token, as if it ended the text."""
         pauses = self.positions(idx, n - 1, cache)
-        nth = torch.arange(1, n, device=idx.device).repeat(idx.size(1))                  # (N,), from 1 for each token
-        self.move_to(pauses, pauses.token_number + nth)
+        nth = torch.arange(1, n, device=idx.device).repeat(idx.size(1))             # (N,), from 1 for each token
+        pauses.move_to(pauses.token_number + nth, self.frequency)
         slots = Slots(cache, 0, pauses)
-        # A pause sees the text up to its token, and the pauses of its token up to itself.
-        every_slot, own_first = cache.slot_numbers[0], slots.slot[:, 0, :, 0] - nth + 1                     # (S,), (B, N)
-        hidden = (every_slot >= pauses.token_number.unsqueeze(-1)) & (every_slot < own_first.unsqueeze(-1))  # (B, N, S)
+        # A pause sees its token, what comes before that, and the pauses of its token up to itself. So what lies between
+        # its token and the first pause of its token is hidden.
+        first_pause = slots.slot[:, 0, :, 0] - nth + 1                                  # (B, N)
+        after_token = cache.slot_numbers[0] >= pauses.token_number.unsqueeze(-1)                 # (B, N, S)
+        hidden = after_token & (cache.slot_numbers[0] < first_pause.unsqueeze(-1))
         slots.mask = slots.mask.masked_fill(hidden.unsqueeze(1), -math.inf)
-        x = self.drop(self.pause.repeat(*pauses.owner.shape, 1))                         # (B, N, D)
-        return self.run(x, pauses, slots)[:, n - 2::n - 1]
+        x = self.drop(self.pause.repeat(*pauses.owner.shape, 1))                    # (B, N, D)
+        for block in self.blocks:
+            x = block(x, pauses, slots)
+        return x[:, n - 2::n - 1]
 
 
 class Sandwich(nn.Module):
-    """A block of recurrent depth (arXiv 2502.05171, section 3.2): x = norm(x + attn(norm(x))), and the same with the
-    MLP. Its matrices begin as the paper's, whose L counts the blocks that run."""
+    """A block of recurrent depth (arXiv 2502.05171, section 3.2): x = norm(x + attn(norm(x))), then the same with the
+    MLP. Its matrices begin as the paper's do; its L counts the blocks that run."""
 
     def __init__(self, block, config, L):
         super().__init__()
@@ -216,12 +210,18 @@ class Sandwich(nn.Module):
 
 
 class RecurrentDepth(Rival):
-    """e = prelude(emb sqrt(D)); s_0 = noise; s_i = core(e + s_{i-1}), r times; head(norm(coda(norm(s_r)))) (arXiv
-    2502.05171). The first block is the prelude, the last one the coda, those between are the core.
+    """Recurrent depth (arXiv 2502.05171). The first block is the prelude, the last the coda, those between the core:
 
-    Calls that train draw r around the budget and s_0 anew, and the last 8 iterations have a gradient. In all others r is
-    the budget, and s_0 is a fixed draw for each position in the text. exit_kl (the paper's: 5e-4; None: never): where
-    one token is read into a cache, a row stops when KL(prediction || the one before) is less."""
+        e      = prelude(embedding sqrt(D))
+        s_0    = noise
+        s_i    = core(e + s_{i-1}), for i from 1 to r
+        logits = head(norm(coda(norm(s_r))))
+
+    Calls that train draw r around the budget, and s_0 anew; their last 8 iterations have a gradient. In all other calls
+    r is the budget, and s_0 a fixed draw for each position in the text.
+
+    exit_kl: where one token is read into a cache, a row stops once KL(prediction || the one before) is less. The
+    paper's is 5e-4; None means that no row stops early."""
     exit_kl = None
 
     def __init__(self, config):
@@ -229,7 +229,7 @@ class RecurrentDepth(Rival):
         assert config.n_layer >= 3, "prelude, core, coda"
         L = 2 + config.budget * (config.n_layer - 2)
         self.blocks = nn.ModuleList(Sandwich(block, config, L) for block in self.blocks)
-        self.blocks[-1].attn.layer = 1                                                   # of the cache; the prelude's is 0
+        self.blocks[-1].attn.layer = 1                                              # in the cache; the prelude's is 0
         self.ln_s, self.ln_f = (nn.RMSNorm(config.n_embd, eps=1e-6) for _ in range(2))
         self.register_buffer("noise", self.draw_noise(torch.empty(config.block_size, config.n_embd)))
 
@@ -249,18 +249,19 @@ class RecurrentDepth(Rival):
         streams = self.positions(idx, 1, cache)
         slots = None if cache is None else Slots(cache, 0, streams)
         e = self.blocks[0](self.drop(self.wte(idx) * math.sqrt(self.config.n_embd)), streams, slots)
-        s = self.noise[streams.token_number - 1]                                               # (B, T, D)
+        s = self.noise[streams.token_number - 1]                                          # (B, T, D)
         if trains(self, cache):
-            r = int(torch.poisson((math.log(r) - 1 / 8 + torch.randn(()) / 2).exp())) + 1  # section 3.3; mean: budget + 1
+            rate = (math.log(r) - 1 / 8 + torch.randn(()) / 2).exp()                # section 3.3
+            r = int(torch.poisson(rate)) + 1                                        # its mean is the budget + 1
             s = self.draw_noise(torch.empty_like(s))
-        exits = self.exit_kl is not None and cache is not None and idx.size(1) == 1
-        going, before = torch.ones_like(idx[:, :1], dtype=torch.bool), None              # (B, 1)
+        may_exit = self.exit_kl is not None and cache is not None and idx.size(1) == 1
+        going, before = torch.ones_like(idx[:, :1], dtype=torch.bool), None         # (B, 1)
         for i in range(r):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= r - 8):
                 s = torch.where(going.unsqueeze(-1), self.core(e + s, streams, slots, i), s)
             self.keep_latest(slots, i, going)
-            if exits:
-                now = self.head(self.coda(s, streams, slots)).log_softmax(-1)            # (B, 1, V)
+            if may_exit:
+                now = self.head(self.coda(s, streams, slots)).log_softmax(-1)       # (B, 1, V)
                 if before is not None:
                     going = going & ((now.exp() * (now - before)).sum(-1) >= self.exit_kl)
                 before = now
@@ -282,26 +283,24 @@ class RecurrentDepth(Rival):
         return self.blocks[-1](self.ln_s(s), streams, slots)
 
     def keep_latest(self, slots, i, going):
-        """In iteration i of the cache, rows that are not going (B, 1) stand as of the iteration before (section 6.1)."""
+        """In iteration i of the cache, rows not going (B, 1) stand as in the iteration before (section 6.1)."""
         if slots is None or i == 0:
             return
-        row = torch.arange(len(going), device=going.device).unsqueeze(1)                 # (B, 1)
-        at = slice(None), row, slice(None), slots.slot[:, 0, :, 0]                                   # selects (B, T, 2, H, d)
+        row = torch.arange(len(going), device=going.device).unsqueeze(1)            # (B, 1)
+        at = slice(None), row, slice(None), slots.slot[:, 0, :, 0]                  # selects (B, T, 2, H, d)
         for l in range(self.config.n_layer - 2):
             kv, kv_before = (slots.cache.kv[self.layer_in_cache(l, j)] for j in (i, i - 1))
             kv[at] = torch.where(going[:, :, None, None, None], kv[at], kv_before[at])
 
 
 class PonderLM2(Rival):
-    """A token's embedding, times sqrt(D), is its slot 0. Slot 1, at the same rotary position, is fed the normed final
-    state of slot 0, and predicts (arXiv 2509.23184). n is 2. Embeddings begin as N(0, 1/D), so that what is fed has
-    entries of about 1, be it an embedding or a state.
+    """A latent slot for each token (arXiv 2509.23184); n is 2. A token's embedding, times sqrt(D), is its slot 0.
+    Slot 1, at the same rotary position, is fed the normed final state of slot 0, and predicts. Embeddings begin as
+    N(0, 1/D), so that what is fed has entries of about 1, be it an embedding or a state. PonderLM-3 has other gates.
 
-    Calls that train use Jacobi iteration (section 3.2): states of the embeddings alone, then J sweeps, each over all
-    slots with the states of the sweep before, and one that predicts. J is 2 or 3, and the gradient goes through all.
-    All other calls read slot after slot, exactly, into a cache. PonderLM-3 differs by its gates.
-
-    A trace gets one entry, as slots are the same in every block: log P is the log w of `gates`."""
+    Calls that train use Jacobi iteration (section 3.2): the states of the embeddings alone; then J sweeps, each over
+    all slots with the states of the sweep before; then one that predicts. J is 2 or 3, and the gradient goes through
+    all. All other calls read slot after slot, exactly, into a cache. A trace says log w, of `gates`, as log P."""
     sweeps = 2, 3
 
     def __init__(self, config):
@@ -309,8 +308,8 @@ class PonderLM2(Rival):
         nn.init.normal_(self.wte.weight, std=config.n_embd ** -0.5)
 
     def gates(self, h, n):
-        """What the state h (B, T, D) of their slot 0 says of tokens: the share of each slot in the prediction, and the
-        log w that the key of each slot adds to attention's logits, (B, T, n) each."""
+        """What the states h (B, T, D) of slot 0 say of their tokens, (B, T, n) each: the share of each slot in the
+        prediction, and log w, which is added to attention's logits for the slot's key."""
         last = torch.full(h.shape[:2], n - 1, device=h.device)
         return F.one_hot(last, n), h.new_zeros(*h.shape[:2], n)
 
@@ -318,27 +317,26 @@ class PonderLM2(Rival):
         """The logits of states that are normed already."""
         return F.linear(x, self.wte.weight).float()
 
-    def states(self, x, streams, log_w, slots):
+    def states(self, x, streams, log_w, cache):
         """The normed final states (B, N, D) of slots that are fed x (B, N, D); log_w (B, N)."""
-        root = math.sqrt(self.config.n_embd // self.config.n_head)                       # attention divides by it
+        root = math.sqrt(self.config.n_embd // self.config.n_head)                  # attention divides by it
         streams.score_channel = torch.stack((torch.ones_like(log_w), root * log_w)).unsqueeze(2)
-        return self.ln_f(self.run(x, streams, slots))
+        return self.ln_f(self.run(x, streams, cache))
 
     def read(self, idx, n, cache, trace):
-        x = self.drop(self.wte(idx) * math.sqrt(self.config.n_embd))                     # (B, T, D)
+        x = self.drop(self.wte(idx) * math.sqrt(self.config.n_embd))                # (B, T, D)
         streams = self.positions(idx, n, cache)
         if trains(self, cache):
             h, log_w = self.sweep(x, idx, n)
             stream_counts = streams.count.unsqueeze(0)
         else:
-            seen = 0 if cache is None else cache.length
             cache = self.cache_of_this_call(len(idx), n, cache)
             filled_before = cache.filled.clone()
-            tokens = [self.read_token(token, seen + t, n, cache) for t, token in enumerate(x.split(1, 1))]
+            tokens = [self.read_token(token, cache.length + t, n, cache) for t, token in enumerate(x.split(1, 1))]
             h, log_w = (torch.cat(parts, 1) for parts in zip(*tokens))
             stream_counts = cache.filled - filled_before
         if trace is not None:
-            log_w = log_w.flatten(1)                                                     # (B, N)
+            log_w = log_w.flatten(1)                                                # (B, N)
             trace.append((torch.where(log_w < LEAST_LOG_W, -1, streams.token_number - 1), log_w))
         return self.head(h), stream_counts
 
@@ -346,15 +344,15 @@ class PonderLM2(Rival):
         """Jacobi iteration on the embeddings x (B, T, D): what predicts (B, T, D), and log w (B, T, n)."""
         first = self.states(x, self.positions(idx, 1, None), x.new_zeros(idx.shape), None)  # (B, T, D)
         share, log_w = self.gates(first, n)
-        fed = first.unsqueeze(2).expand(-1, -1, n - 1, -1)                               # (B, T, n - 1, D), to slots 1 on
+        fed = first.unsqueeze(2).expand(-1, -1, n - 1, -1)                          # (B, T, n - 1, D), to slots 1 on
         streams = self.positions(idx, n, None)
-        self.move_to(streams, streams.token_number)
+        streams.move_to(streams.token_number, self.frequency)
         J = self.sweeps[int(torch.randint(len(self.sweeps), ()))]
         for _ in range(J + 1):
-            slots = torch.cat((x.unsqueeze(2), fed), 2).flatten(1, 2)                    # (B, N, D)
-            h = self.states(slots, streams, log_w.flatten(1), None).unflatten(1, (-1, n))  # (B, T, n, D)
+            every_slot = torch.cat((x.unsqueeze(2), fed), 2).flatten(1, 2)          # (B, N, D)
+            h = self.states(every_slot, streams, log_w.flatten(1), None).unflatten(1, (-1, n))  # (B, T, n, D)
             share, log_w = self.gates(h[:, :, 0], n)
-            fed = h[:, :, :-1]                                                           # slot k feeds slot k + 1
+            fed = h[:, :, :-1]                                                      # slot k feeds slot k + 1
         return (share.unsqueeze(-1) * h).sum(2), log_w
 
     def read_token(self, x, seen, n, cache):
@@ -362,12 +360,12 @@ class PonderLM2(Rival):
         stops before the first slot of little w: its later slots are padding, which is not kept."""
         log_w, predicts = x.new_zeros(len(x), 1, n), 0.0
         for k in range(n):
-            runs = log_w[..., k] >= LEAST_LOG_W                                          # (B, 1)
+            runs = log_w[..., k] >= LEAST_LOG_W                                     # (B, 1)
             if not runs.any():
                 break
             owner, logp = torch.where(runs, 0, 1), torch.where(runs, 0.0, PADDING).to(x)
             streams = Streams(owner, logp, 1, seen, self.frequency)
-            x = self.states(x, streams, log_w[..., k], Slots(cache, 0, streams))        # (B, 1, D)
+            x = self.states(x, streams, log_w[..., k], cache)                       # (B, 1, D)
             cache.commit(streams.count.unsqueeze(0), 0)
             if k == 0:
                 share, log_w = self.gates(x, n)
@@ -376,24 +374,26 @@ class PonderLM2(Rival):
 
 
 class PonderLM3(Charging, PonderLM2):
-    """Up to n - 1 latent slots; slot k is fed the normed final state of slot k - 1 (arXiv 2603.02023). A router on the
-    state h of slot 0 says how much each counts: share = softmax(router(h)), w_k = share_k + ... + share_{n-1}. log w_k is
-    added to every attention logit of slot k's key, in the score channel. The mean of the states, weighted by share,
-    predicts. All n slots are trained; a reader stops at the last w of 1e-4 or more. A budget below the configuration's
-    takes the first slots. charge: calls that train add it times the mean number of latent slots, the sum of their w (our
-    reading of the paper)."""
+    """Up to n - 1 latent slots; slot k is fed the normed final state of slot k - 1 (arXiv 2603.02023).
+
+    A router on the state h of slot 0 says how much each slot counts: share = softmax(router(h)), and w_k is the sum of
+    share_k and all later ones. log w_k is added to every attention logit of slot k's key, in the score channel. The
+    mean of the states, weighted by share, predicts.
+
+    All n slots are trained; a reader stops at the last w of 1e-4 or more. A budget below the configuration's takes the
+    first slots. charge: what a latent slot costs calls that train, times its w (our reading of the paper)."""
     charge = 0.0
 
     def __init__(self, config):
         super().__init__(config)
         self.router = init_matrix(nn.Linear(config.n_embd, int(config.budget), bias=False), config)
         for block in self.blocks:
-            block.attn.has_scores = True                                                 # log w is put where log P is
+            block.attn.has_scores = True                                            # log w is put where log P is
 
     def gates(self, h, n):
-        log_share = F.linear(h, self.router.weight[:n]).float().log_softmax(-1)          # (B, T, n)
+        log_share = F.linear(h, self.router.weight[:n]).float().log_softmax(-1)     # (B, T, n)
         log_w = log_share.flip(-1).logcumsumexp(-1).flip(-1)
-        return log_share.exp(), F.pad(log_w[..., 1:], (1, 0))                            # w_0 is 1
+        return log_share.exp(), F.pad(log_w[..., 1:], (1, 0))                       # w_0 is 1
 
 
 # -- bubbles with one part changed -------------------------------------------------------------------------------------
@@ -406,20 +406,20 @@ def scramble(h):
 
 
 class RandomFork(Fork):
-    """Extras compete by chance instead of log P. Chance is a hash of a number drawn at the start, the token's number in
-    the text and the candidate's place in its token: a token read into a cache draws the same again. Scores still give
-    forks their P."""
+    """Extras compete by chance instead of log P. Chance is a hash of a number drawn at the start, the token's number
+    in the text, and the candidate's place in its token: so a token read into a cache draws the same again. Scores still
+    give forks their P."""
 
     def __init__(self, config):
         super().__init__(config)
         self.register_buffer("salt", torch.randint(2**31, ()))
 
     def select(self, logp, streams, budget, earlier_extras, learns):
-        begin = torch.searchsorted(streams.token_number, streams.token_number)                       # (B, N)
-        pair = torch.arange(begin.size(1), device=begin.device) - begin                  # (B, N), from 0 in each token
-        place = 2 * pair.unsqueeze(-1) + torch.arange(2, device=begin.device)            # (B, N, 2)
+        begin = torch.searchsorted(streams.token_number, streams.token_number)                  # (B, N)
+        pair = torch.arange(begin.size(1), device=begin.device) - begin             # (B, N), from 0 in each token
+        place = 2 * pair.unsqueeze(-1) + torch.arange(2, device=begin.device)       # (B, N, 2)
         of_token = scramble(streams.token_number + self.salt & 0xFFFFFFFF).unsqueeze(-1)
-        chance = ((scramble(of_token + place) >> 8) + 1).float() / 2**24                 # in (0, 1]
+        chance = ((scramble(of_token + place) >> 8) + 1).float() / 2**24            # in (0, 1]
         return super().select(chance.log().to(logp), streams, budget, earlier_extras, learns)
 
 
@@ -508,7 +508,7 @@ class FadingNoise(Mixture):
 
     def read(self, idx, budget, cache, trace):
         for fork in self.forks.values():
-            fork.noisy = trains(self, cache)                                             # not when bars are measured
+            fork.noisy = trains(self, cache)
         return super().read(idx, budget, cache, trace)
 
 

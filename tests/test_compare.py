@@ -1,4 +1,5 @@
 """The harness of experiments/compare.py: `python -m pytest tests/test_compare.py`."""
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -23,6 +24,7 @@ def results(tmp_path_factory):
         patch.chdir(folder)
         Path("data").mkdir()
         Path("data/shakespeare.txt").write_text(VERSE * 40, "utf-8")
+        patch.setattr("tasks.plays.TEXT_SHA256", hashlib.sha256((VERSE * 40).encode()).hexdigest())
         patch.setattr(compare, "train_all", lambda s, jobs: [compare.train(job) for job in jobs if not job.done()])
         compare.main(["--results", "results"])
         yield json.loads(Path("results/smoke.json").read_text())
@@ -39,7 +41,7 @@ def test_every_arm_is_trained_with_every_seed_on_the_same_batches(results):
 def test_the_loss_is_that_of_the_saved_model(results):
     job = Job("smoke", "copy-2", 4e-3, 1, "out-compare")
     trainer = job.trainer()
-    assert trainer.start == 10
+    assert trainer.step == 10
     trainer.model.eval()
     assert trainer.evaluate(2.0) == pytest.approx(job.done()["loss"]["10"]["2"], abs=1e-6)
 
@@ -75,11 +77,12 @@ def test_a_stopped_run_goes_on_exactly(results, monkeypatch, at):
     job, step = Job("smoke", "bubbles, r = 2", 4e-3, 0, f"stopped at {at}"), Trainer.train_step
     Path(job.folder).mkdir()
 
-    def stop(trainer, i):
-        if i == at:
-            trainer.save("ckpt.pt", i)
+    def stop(trainer):
+        if trainer.step == at:
+            job.path().with_suffix("").mkdir(exist_ok=True)
+            torch.save(trainer.checkpoint(), job.path().with_suffix("") / "ckpt.pt")
             raise KeyboardInterrupt
-        return step(trainer, i)
+        return step(trainer)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "train_step", stop)

@@ -316,6 +316,7 @@ def test_enough_sweeps_of_training_are_the_exact_reading(kind):
 
 
 def streams_of(model, idx, budget):
+    """The owners of the last block's streams, (B, N)."""
     trace = []
     model(idx, budget=budget, trace=trace)
     return trace[-1][0]
@@ -325,12 +326,13 @@ def test_random_selection_spends_the_same_and_ignores_what_is_said():
     model, idx = make(rivals.RandomSelection), tokens(0, B=4, T=24)
     for fork in model.forks.values():
         fork.bar.fill_(math.log(0.5))
-    tok = streams_of(model, idx, 1.5)
-    assert torch.equal(tok, streams_of(model, tokens(5, B=4, T=24), 1.5)) and torch.equal(tok[:1].expand(4, -1), tok)
+    owner = streams_of(model, idx, 1.5)
+    assert torch.equal(owner, streams_of(model, tokens(5, B=4, T=24), 1.5))
+    assert torch.equal(owner, owner[:1].expand(4, -1))
     other = make(rivals.RandomSelection, seed=1)
     for fork in other.forks.values():
         fork.bar.fill_(math.log(0.5))
-    assert not torch.equal(tok, streams_of(other, idx, 1.5))
+    assert not torch.equal(owner, streams_of(other, idx, 1.5))
     count = torch.bincount(streams_of(make(rivals.RandomSelection), idx, 3)[0])
     assert count.min() >= 1 and len(set(count.tolist())) > 1
 
@@ -430,6 +432,15 @@ def test_sure_scores_start_near_one_and_no_extra_below_the_floor_is_kept():
         for fork in model.forks.values():
             fork.score.register_forward_hook(lambda layer, read, score: score - 9.0)
         assert (streams_of(model, idx, 2) >= 0).sum() == left
+
+
+def test_an_extra_below_the_floor_takes_no_room_from_a_later_one():
+    """At a budget of 1.5 two tokens may own one extra: the first token's fork, whose P is 0.05, must not be it."""
+    fork = rivals.FloorFork(Config(**SMALL)).eval()
+    streams = Streams(torch.arange(2)[None], torch.zeros(1, 2), 2, 0, torch.ones(1))
+    logp = torch.tensor([[[0.05, 1.0], [0.5, 1.0]]]).log()
+    survives = fork.select(logp, streams, 1.5, torch.zeros(1, 1, dtype=torch.int64), False)
+    assert survives.tolist() == [[[False, True], [True, True]]]
 
 
 def test_every_arm_of_the_comparison_is_tested_here_or_with_the_core():
