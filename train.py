@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from tasks.text import make_data
 from tinybubbles import NEVER_MEASURED, Config
-from tools.files import RunFolder, load_checkpoint, make_model
+from tools.files import RunFolder, load_checkpoint, make_model, remedy
 from tools.pictures import draw_loss
 from tools.program import (Stop, check_finite, choose_device, in_turn, join_processes, knob, or_refuse, read_flags,
                            refuse, say, show_all_characters, wait_for_all)
@@ -131,7 +131,7 @@ class Trainer:
         if s.compile:
             torch._dynamo.config.recompile_limit = 100                # a graph for each budget that is trained
         compiled = torch.compile(self.model) if s.compile else self.model
-        self.parallel = DDP(compiled) if self.world > 1 else compiled # the first process's bars are everybody's
+        self.parallel = DDP(compiled, broadcast_buffers=False) if self.world > 1 else compiled
         self.step, self.val_loss, self.best_val_loss = 0, None, None  # steps taken; losses that are known
         if saved:
             self.take_over(saved)
@@ -180,6 +180,8 @@ class Trainer:
         """One update of the weights. Returns the loss of this process's batches, a tensor, and the owners of the last
         block's streams in its last batch."""
         s, n, loss, trace = self.s, self.s.gradient_accumulation_steps, 0.0, []
+        bars = [fork.bar for fork in self.model.forks.values()] if self.model.causal else []
+        before, moved = [bar.clone() for bar in bars], [torch.zeros_like(bar) for bar in bars]
         budget = float(self.random(purpose=1).choice(s.budget))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -190,6 +192,11 @@ class Trainer:
             part = self.loss(self.parallel, batch, budget, trace) / n
             part.backward()
             loss += part.detach()
+            for bar, old, total in zip(bars, before, moved):          # each batch moves the bars from where they were
+                total += bar
+                bar.copy_(old)
+        for bar, total in zip(bars, moved):                           # and all go to the mean, however they are shared out
+            bar.copy_(self.total(total) / self.batches)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -215,9 +222,6 @@ class Trainer:
 
     def measure_other_bars(self):
         """Set the bars of the budgets that are not trained, by the same few batches in every process."""
-        if self.world > 1:                                            # since the last step each has moved its own
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
         most = 2.0 ** len(self.model.forks)
         others = {r for r in self.model.config.bar_budgets if r <= most} - {min(r, most) for r in self.s.budget}
         texts = [self.data.train_batch(self.random(number, purpose=2))[0] for number in range(4)]
@@ -328,7 +332,7 @@ def resume(s, argv):
     """The settings and the checkpoint of the run that `s`, with --resume, goes on with; contradictions are refused."""
     path = Path(s.out_dir) / "ckpt.pt"
     saved, _ = load_checkpoint(path, "cpu", Settings)
-    s = read_flags(Settings, argv, "", saved["settings"] | dict(out_dir=s.out_dir))
+    s = read_flags(Settings, argv, "", saved["settings"] | dict(out_dir=s.out_dir, start_over=False))
     for name, before in saved["settings"].items():
         if name not in (*FREE, "resume", "start_over") and getattr(s, name) != before:
             refuse(f"--{name} {getattr(s, name)} contradicts {path}, trained with {before}; leave it out")
@@ -355,8 +359,8 @@ def main(argv):
             train(trainer, folder, stop)
             wait_for_all()                                            # gloo may abort one that leaves first
     except OSError as error:                                          # a full disk, say, while log.csv is written
-        refuse(f"{error.filename or s.out_dir} cannot be used ({error.strerror}); what was saved is kept; see to it, then "
-               "go on with --resume")
+        refuse(f"{error.filename or s.out_dir} cannot be used ({error.strerror or error}); what was saved is kept; "
+               f"{remedy(error, s.out_dir)}, then go on with --resume")
     finally:
         if folder:
             folder.close()

@@ -1,6 +1,7 @@
 """A text as batches of tokens: the bytes of a file, or the numbers in a folder as nanoGPT's prepare.py writes them."""
 import codecs
 import hashlib
+import os
 import pickle
 import re
 from pathlib import Path
@@ -103,7 +104,7 @@ class Text:
 
     def __init__(self, s):
         path = shakespeare(Path("data") / "shakespeare.txt") if s.dataset == "shakespeare" else Path(s.dataset)
-        self.s, self.T, self.path, self.vocabulary = s, s.block_size, path, None
+        self.s, self.T, self.path, self.vocabulary, self.found = s, s.block_size, path, None, None
         if path.is_dir():
             self.vocabulary = read_vocabulary(path)
             self.vocab_size = s.vocab_size or len(self.vocabulary)
@@ -121,28 +122,34 @@ class Text:
         self.size = f"{len(self.train):,} tokens to train on, {len(self.val):,} to validate"
 
     def fingerprint(self):
-        """What tells this data from other data, wherever it lies: sizes, and a hash of 64 places spread over each part."""
-        found = hashlib.sha256()
-        for tokens in (self.train, self.val):
-            found.update(f"{tokens.dtype} {len(tokens)}".encode())
-            for start in np.linspace(0, max(0, len(tokens) - 1024), 64).astype(int):
-                found.update(tokens[start:start + 1024].tobytes())
-        return found.hexdigest()
+        """What tells this data from other data, wherever it lies: a hash of each part's size and of its tokens, or, if
+        they are more than 16 million, of 64 pieces spread over them."""
+        if self.found is None:
+            found, piece = hashlib.sha256(), 2**18
+            for tokens in (self.train, self.val):
+                found.update(f"{tokens.dtype} {len(tokens)}".encode())
+                for start in range(0, len(tokens), max(piece, len(tokens) // 64)):
+                    found.update(tokens[start:start + piece])
+            self.found = found.hexdigest()
+        return self.found
 
     def scan(self):
         """Refuse a token outside the vocabulary, wherever it is. The files are read from end to end, in pieces."""
         if self.vocabulary is None:                                   # a byte cannot be outside
             return
         for tokens in (self.train, self.val):
+            piece, done, is_large = np.empty(2**21, tokens.dtype), 0, tokens.nbytes > 2**30
+            if is_large:
+                say(f"looking for tokens outside the vocabulary in {tokens.filename}, {tokens.nbytes / 1e9:.0f} GB")
             with open(tokens.filename, "rb") as file:
-                for done in range(0, len(tokens), 2**25):
-                    piece = np.fromfile(file, tokens.dtype, 2**25)
-                    if piece.max() >= self.vocab_size:
-                        place = done + int((piece >= self.vocab_size).argmax())
-                        refuse(f"{tokens.filename} has a token {piece.max()}, the first such at place {place}; --vocab_size "
-                               f"must be above that, not {self.vocab_size}")
-                    if len(tokens) > 2**29:
-                        say(f"looking for tokens outside the vocabulary: {(done + len(piece)) / len(tokens):.0%}")
+                while count := file.readinto(piece) // tokens.itemsize:
+                    if piece[:count].max() >= self.vocab_size:
+                        place = int((piece >= self.vocab_size).argmax())
+                        refuse(f"{tokens.filename} has a token {piece[place]} at place {done + place}, counted from 0; "
+                               f"--vocab_size must be above that, not {self.vocab_size}")
+                    if is_large and hasattr(os, "posix_fadvise"):     # else it would push all else out of memory
+                        os.posix_fadvise(file.fileno(), done * tokens.itemsize, piece.nbytes, os.POSIX_FADV_DONTNEED)
+                    done += count
 
     def windows(self, data, starts):
         tokens = np.stack([data[start:start + self.s.block_size + 1] for start in starts]).astype(np.int64)

@@ -24,12 +24,13 @@ from tools.program import read_flags
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with a text in it; data/shakespeare.txt is the same text, so nothing is fetched."""
+    """A working folder with a text in it, which passes for the plays too, so nothing is fetched."""
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     for name in ("text.txt", "data/shakespeare.txt"):
         Path(name).write_text(VERSE * 20, "utf-8")
+    monkeypatch.setattr(plays, "TEXT_SHA256", hashlib.sha256(Path("text.txt").read_bytes()).hexdigest())
     return tmp_path
 
 
@@ -51,7 +52,7 @@ def test_a_run_leaves_a_checkpoint_a_log_a_picture_and_a_sample(folder, capsys):
     assert [row["step"] for row in rows if row["train_loss"]] == ["1", "2", "3", "4", "5"]
     assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4", "5"]
     assert Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in Path("out").iterdir()) == ["best.pt", "ckpt.pt", "log.csv", "loss.png"]
+    assert sorted(p.name for p in Path("out").iterdir()) == [".lock", "best.pt", "ckpt.pt", "log.csv", "loss.png"]
 
 
 def test_the_sampler_streams_the_prompt_and_its_continuation(folder, capsys):
@@ -99,7 +100,6 @@ def test_every_command_of_the_readme_runs(folder):
         np.arange(400, dtype=np.uint16).tofile(f"path/to/folder/{name}.bin")
     for name in ("path/to/any.txt", "prompt.txt"):
         Path(name).write_text(VERSE * 20, "utf-8")
-    train_here()
     small = {"train.py": (train, [*TINY, "--compile", "false"]), "experiments/compare.py": (compare, []),
              "sample.py": (sample, ["--max_new_tokens", "5", "--compile", "false"]),
              "experiments/bench.py": (bench, ["--preset", "smoke", "--results", "pictures"]),
@@ -112,7 +112,7 @@ def test_every_command_of_the_readme_runs(folder):
             more = ["--max_iters", "6"]
         flags = [flag for flag in flags if flag != "--compile"] + more
         if start:
-            run = python(*shlex.split(start), ROOT / script, *flags)
+            run = python(*shlex.split(start), ROOT / script, *flags, "--dataset", "text.txt")     # not to fetch the plays
             assert run.returncode == 0 and "Traceback" not in run.stderr, run.stderr
             continue
         settings = read_flags(module.Settings, flags, "")
@@ -126,7 +126,7 @@ def test_every_number_and_option_of_the_model_can_be_set_from_the_command_line(f
     flags = "--n_layer=4 --n-head 1 --n_embd 24 --fork_layers 3,0 --dropout 0.25 --budget 1,3,2 --paper"
     config = Config(block_size=16, n_layer=4, n_head=1, n_embd=24, fork_layers=(0, 3), dropout=0.25, budget=3.0)
     assert Config(**train_here(*flags.split(), "--lr_decay_iters", "3")["config"]) == config
-    assert train_here("--fork_layers", "none")["config"]["fork_layers"] == ()
+    assert train_here("--fork_layers", "none", "--start_over")["config"]["fork_layers"] == ()
 
 
 def test_help_lists_every_knob_with_its_default(capsys):
@@ -138,42 +138,51 @@ def test_help_lists_every_knob_with_its_default(capsys):
 
 
 def test_evaluating_never_moves_the_training_run(folder):
-    weights = [train_here("--eval_interval", interval, "--dropout", "0.1")["model"] for interval in ("1", "100")]
+    flags = "--dropout", "0.1", "--start_over"
+    weights = [train_here("--eval_interval", interval, *flags)["model"] for interval in ("1", "100")]
     for name, w in weights[0].items():
         assert torch.equal(w, weights[1][name]), name
-    other_seed = train_here("--seed", "1", "--dropout", "0.1")["model"]
+    other_seed = train_here("--seed", "1", *flags)["model"]
     assert not torch.equal(weights[0]["wte.weight"], other_seed["wte.weight"])
 
 
 def test_compile_and_bfloat16_train_the_same_model(folder, monkeypatch):
-    losses = [train_here()["val_loss"], train_here("--dtype", "bfloat16")["val_loss"]]
+    losses = [train_here(*flags, "--start_over")["val_loss"] for flags in ((), ("--dtype", "bfloat16"))]
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
-    losses.append(train_here("--compile")["val_loss"])
+    losses.append(train_here("--compile", "--start_over")["val_loss"])
     assert max(losses) - min(losses) < 0.02
     many = "--budget 1,1.2,1.4,1.6,1.8,2 --max_iters 8 --eval_interval 8 --n_layer 1 --fork_layers 0"
-    train_here("--compile", *many.split())                            # a graph for each: none refused
+    train_here("--compile", "--start_over", *many.split())                            # a graph for each: none refused
 
 
 def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
-    s = train.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
-    rates = [train.learning_rate(step, s) for step in range(111)]
+    s = train.Settings(min_lr_share=0.1, warmup_iters=10, max_iters=110)
+    rates = [train.rate_share(step, s) for step in range(111)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
 
 
-def test_every_parameter_is_optimised_once_and_only_matrices_decay():
+@pytest.mark.parametrize("chosen", ["muon", "adamw"])
+def test_every_parameter_is_optimised_once_and_only_matrices_decay(chosen):
+    """Muon takes the matrices of the blocks, and nothing else."""
     model = Tinybubbles(Config(n_embd=32))
-    groups = train.make_optimizer(model, train.Settings(), torch.device("cpu")).param_groups
+    optimizers = train.make_optimizers(model, train.Settings(optimizer=chosen), torch.device("cpu"))
+    assert [type(o) for o in optimizers] == [torch.optim.AdamW, torch.optim.Muon][:1 + (chosen == "muon")]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
-    assert [(g["weight_decay"], {p.dim() for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
+    assert all({p.dim() for p in g["params"]} == {2 if g["weight_decay"] else 1} for g in groups)
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.1}
+    matrices = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+    assert {id(p) for o in optimizers[1:] for g in o.param_groups for p in g["params"]} == (
+        matrices if chosen == "muon" else set())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(folder, capsys):
     train_here()
     before = Path("out/ckpt.pt").read_bytes()
-    flags = "--learning_rate 1e30 --grad_clip 0 --eval_interval 100 --max_iters 50".split()
+    flags = "--learning_rate 1e30 --grad_clip 0 --eval_interval 100 --max_iters 50 --start_over".split()
     assert re.search(r"the loss at step \d+ is (nan|inf)", exits(capsys, train_here, *flags, code=1).err)
     assert Path("out/ckpt.pt").read_bytes() == before
 
@@ -244,7 +253,7 @@ BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", 
              "--learning_rate inf", "--unknown 1", "--max_iter 3", "word", "--eval_interval 0", "--eval_iters 0",
              "--lr_decay_iters 0", "--batch_size", "--gradient_accumulation_steps 0", "--vocab_size 0",
              "--vocab_size 300", "--resume maybe", "--resume --out_dir nowhere", "--resume --out_dir random",
-             "--resume --out_dir cut", "--resume --n_layer 9", "--resume --dataset short", "--resume --max_iters 3",
+             "--resume --out_dir cut", "--resume --n_layer 9", "--dataset short --resume", "--resume --max_iters 3",
              "--beta1 1", "--device meta", "--dataset urns --block_size 4", "--dataset urns --vocab_size 5",
              "--grad_clip -1", "--log_interval 0", "--compile 2", "--warmup_iters -1", "--out_dir empty/below"]
 BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
@@ -262,7 +271,7 @@ def bad_files(folder):
     Path("short").write_text("short")
     good = Path("out/ckpt.pt").read_bytes()
     bad = dict(random=bytes(range(256)) * 40, cut=good[:len(good) // 2])
-    del old["config"]["bars"]
+    del old["config"]["bar_budgets"]
     words["config"]["vocab_size"], words["model"]["wte.weight"] = 300, torch.zeros(300, 16)
     for name, contents in dict(code=Code(), other=dict(model={}, step=0), words=words, old=old).items():
         torch.save(contents, "scratch")

@@ -9,7 +9,7 @@ import zipfile
 import torch
 
 from tinybubbles import Config, PaperTinybubbles, Tinybubbles
-from tools.program import refuse
+from tools.program import refuse, say
 
 try:
     import fcntl
@@ -17,6 +17,7 @@ except ImportError:                                                   # Windows:
     fcntl = None
 
 NO_ROOM = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+RUN_FILES = "ckpt.pt", "best.pt", "log.csv"
 
 
 def write_atomically(path, write):
@@ -38,9 +39,14 @@ def write_beside(path, write):
             scratch.unlink()
         disk = error.__context__ if isinstance(error, RuntimeError) else error       # torch.save's own hides the disk's
         reason = getattr(disk, "strerror", None) or str(error).splitlines()[0]
-        fix = "make room" if getattr(disk, "errno", None) in NO_ROOM else f"see to the folder {path.parent}"
-        refuse(f"{path} cannot be written ({reason}), and what was there is kept; {fix}, then go on with --resume")
+        refuse(f"{path} cannot be written ({reason}), and what was there is kept; {remedy(disk, path.parent)}, then go on "
+               "with --resume")
     return scratch
+
+
+def remedy(error, folder):
+    """What to do about an error while a file in this folder was written."""
+    return "make room" if getattr(error, "errno", None) in NO_ROOM else f"see to the folder {folder}"
 
 
 def make_folder(path, flag):
@@ -62,8 +68,7 @@ class RunFolder:
         self.path, self.log, self.checkpoint = path, path / "log.csv", path / "ckpt.pt"
         make_folder(path, "--out_dir")
         self.lock()
-        for scratch in path.glob("*.new"):                            # of runs that were killed while they wrote
-            scratch.unlink()
+        self.remove_scratch()                                         # of runs that were killed while they wrote
         holds_a_run = self.checkpoint.exists() or (path / "best.pt").exists()
         if holds_a_run and step is None and not start_over:
             refuse(f"--out_dir {path} holds a run: go on with it by --resume, name another --out_dir, or replace it by "
@@ -79,12 +84,21 @@ class RunFolder:
         """Refuse if another run has this folder. The lock goes when this process does, however it ends."""
         try:
             self.lock_file = open(self.path / ".lock", "w")
+        except OSError as error:
+            refuse(f"--out_dir {str(self.path)!r} cannot be written to ({error.strerror}); name another folder")
+        try:
             if fcntl:
                 fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             refuse(f"--out_dir {self.path} is in use by another run; wait for it, or name another folder")
-        except OSError as error:
-            refuse(f"--out_dir {str(self.path)!r} cannot be written to ({error.strerror}); name another folder")
+        except OSError:
+            pass                                                      # some network drives have no locks
+
+    def remove_scratch(self):
+        """Remove the scratch files, of which only the run that has the folder writes any."""
+        for name in RUN_FILES:
+            for scratch in self.path.glob(f"{name}.*.new"):
+                scratch.unlink()
 
     def rows_up_to(self, step, columns):
         """The whole rows of log.csv up to a step. A file that is not as train.py wrote it is set aside."""
@@ -93,7 +107,7 @@ class RunFolder:
         if text and header != list(columns):
             aside = next(name for i in range(1000) if not (name := self.path / f"log-{i}.csv").exists())
             os.replace(self.log, aside)
-            print(f"{self.log} is not as train.py wrote it; it is kept as {aside}, and a new one begins", flush=True)
+            say(f"{self.log} is not as train.py wrote it; it is kept as {aside}, and a new one begins")
             return []
         return [row for row in rows if len(row) == len(columns) and row[0].isdigit() and int(row[0]) <= step]
 
@@ -122,10 +136,10 @@ class RunFolder:
 
     def close(self):
         """Let another run have the folder."""
-        self.log_file.close()
+        with contextlib.suppress(OSError):                            # a full disk, of which it has been told
+            self.log_file.close()
+        self.remove_scratch()
         self.lock_file.close()
-        for scratch in self.path.glob(f"*.{os.getpid()}.new"):
-            scratch.unlink()
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ What every program here shares: its flags, which are the fields of a dataclass, 
 it prints, how it is stopped, and the device and the processes that it runs on.
 """
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -142,7 +143,8 @@ def show_all_characters():
 
 class Stop:
     """Whether somebody asks the program to stop: by Ctrl-C, by SIGTERM, or by closing its terminal (SIGHUP, unless it is
-    ignored, as under nohup). It is used as `with Stop() as stop`. A second signal ends the program at once."""
+    ignored, as under nohup). It is used as `with Stop() as stop`. A second Ctrl-C ends the program at once; the others
+    may come twice by themselves, as from a launcher and its workers' scheduler, or from a terminal and its shell."""
 
     def __init__(self):
         self.asked, self.before = False, {}
@@ -151,7 +153,7 @@ class Stop:
         names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         if threading.current_thread() is threading.main_thread():     # no other thread may set a handler
             for number in (getattr(signal, name) for name in names):
-                if signal.getsignal(number) != signal.SIG_IGN:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):      # None: not set from Python
                     self.before[number] = signal.signal(number, self.ask)
         return self
 
@@ -160,13 +162,13 @@ class Stop:
             signal.signal(number, handler)
 
     def ask(self, number, frame):
+        if self.asked:
+            return
         self.asked = True
-        for number in self.before:
-            signal.signal(number, signal.SIG_DFL)
-        try:                                                          # not print, which may be at work just now
-            os.write(2, b"\nstopping as soon as this step is done and saved; once more to stop at once\n")
-        except OSError:
-            pass
+        if signal.SIGINT in self.before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with contextlib.suppress(OSError):                            # not print, which may be at work just now
+            os.write(2, b"\nstopping as soon as this step is done and saved; Ctrl-C stops at once\n")
 
     def agreed(self):
         """Whether any process was asked. All processes must call this together; it does not wait for a GPU."""
