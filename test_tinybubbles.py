@@ -87,9 +87,8 @@ def test_golden_numbers_of_the_authors_jax_code():
 
 
 # -- the specification -----------------------------------------------------------------------------------------------
-#
-# The whole method for one sequence, in loops over plain lists and NumPy vectors of float64, straight from the equations.
-# It is slow and obvious; tinybubbles.py is fast and must give the same numbers.
+# # The whole method for one sequence, in loops over plain lists and NumPy vectors of float64, straight from the
+equations. # It is slow and obvious; tinybubbles.py is fast and must give the same numbers.
 
 @dataclass
 class Stream:
@@ -582,8 +581,8 @@ def spent(model, budget):
 
 
 def test_bubbles_learn_to_recall_as_a_plain_gpt_does_and_keep_their_budget():
-    """It shows that a model that forks and deletes streams learns a task whose answer is known, from the loss alone. It
-    does not show that forks help: the plain GPT, which is the control, learns it as well."""
+    """It shows that a model that forks and deletes streams learns a task whose answer is known, from the loss alone.
+    It does not show that forks help: the plain GPT, which is the control, learns it as well."""
     gpt, bubbles = train_to_recall((), (2.0,)), train_to_recall((1, 2), (2.0,))
     assert recalled(gpt) > 0.98 and recalled(bubbles) > 0.98
     assert spent(gpt, 2.0) == 1 and 0.87 * 2 <= spent(bubbles, 2.0) <= 2

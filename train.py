@@ -1,10 +1,9 @@
 """
 Train a model: python train.py --dataset shakespeare        (every flag: python train.py --help)
 
-A run can be stopped at any time and continued with --resume, and ends as if it had never been stopped: what a step draws
-at random depends on the seed, the number of the step and the number of the batch alone. Any number of processes can
-share the batches of a step.
-"""
+A run can be stopped at any time and continued with --resume, and ends as if it had never been stopped: what a step
+draws at random depends on the seed, the number of the step and the number of the batch alone. Any number of processes
+can share the batches of a step. """
 import dataclasses
 import math
 import shlex
@@ -100,7 +99,8 @@ def rate_share(step, s):
 def measure_bars(model, idx, budgets):
     """Set the bars of `budgets` as the texts idx (B, T) say. What a fork layer is offered depends on the bars of those
     before it, so the texts are read once for each. A bar that was never measured is set all the way by a forward pass
-    of training; so the layer, and no other part of the model, is put into train mode. The paper's model has no bars."""
+    of training; so the layer, and no other part of the model, is put into train mode. The paper's model has no
+    bars."""
     was_training = model.training
     model.eval()
     for budget in budgets if model.causal else ():
@@ -207,8 +207,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, budget, stop=None):
-        """Validation loss in nats per target, always of the same batches, shared out among the processes; None if `stop`
-        is asked for meanwhile."""
+        """Validation loss in nats per target, always of the same batches, shared out among the processes; None if
+        `stop` is asked for meanwhile."""
         n, loss = self.s.eval_iters, torch.zeros((), device=self.device)
         was_training = self.model.training
         self.model.eval()

@@ -1,9 +1,9 @@
 """
 Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or text, long, selection, gpu)
 
-Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at the
-best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped goes
-on from its last checkpoint. Then PRESET.json, .md and .png are written to --results, of whatever is done by then:
+Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at
+the best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped
+goes on from its last checkpoint. Then PRESET.json, .md and .png are written to --results, of whatever is done by then:
 validation loss, its paired difference to the plain GPT, FLOPs as PyTorch counts them, and times, measured in turns.
 What PRESET.json already says is kept: to add an arm or a seed, only that is trained.
 
@@ -115,15 +115,16 @@ PRESETS = {
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
     "text": Preset(SMALL, tuple(ON_PLAYS), 10, RATES, (2000,)),
-    "long": Preset("--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 --fork_layers 1,2 --batch_size 4",
+    "long": Preset("--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 "
+                   "--fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
-    "selection": Preset("--device cpu --optimizer adamw --dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 "
-                        "--fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5", *ON_URNS), 10,
+    "selection": Preset("--device cpu --optimizer adamw --dataset urns --block_size 16 --n_layer 2 --n_head 1 "
+                        "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
-    "gpu": Preset("--device cuda --optimizer adamw --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4 "
-                  "--batch_size 16 --dropout 0.1 --eval_iters 20", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"),
+    "gpu": Preset("--device cuda --optimizer adamw --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
+                  "--fork_layers 2,4 --batch_size 16 --dropout 0.1 --eval_iters 20", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"),
                   3, (1e-3,), (400, 1200)),
 }
 
@@ -240,9 +241,9 @@ def count_flops(function):
 
 
 def measure(jobs):
-    """For each arm, a job of it that is done: FLOPs per token of training (forward and backward, the mean of 8 steps) and
-    of generating at each budget; and, as multiples of the plain GPT's, the shortest times of five turns of a step and of
-    32 tokens."""
+    """For each arm, a job of it that is done: FLOPs per token of training (forward and backward, the mean of 8 steps)
+    and of generating at each budget; and, as multiples of the plain GPT's, the shortest times of five turns of a step
+    and of 32 tokens."""
     torch.set_num_threads(1)
     trainers, found = {job.arm: job.trainer() for job in jobs}, {}
     for arm, trainer in trainers.items():

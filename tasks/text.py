@@ -22,8 +22,8 @@ def load_text(path):
 
 
 def load_folder(path, vocab_size):
-    """A folder's train.bin and val.bin, mapped rather than read. Their numbers are uint16, as nanoGPT's prepare.py writes
-    them, or, for a vocabulary of more than 65,536 tokens, uint32."""
+    """A folder's train.bin and val.bin, mapped rather than read. Their numbers are uint16, as nanoGPT's prepare.py
+    writes them, or, for a vocabulary of more than 65,536 tokens, uint32."""
     dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     data = [map_file(path / name, dtype) for name in ("train.bin", "val.bin")]
     if dtype == np.uint16 and all(len(tokens) > 1 and not tokens[1:10**6:2].any() for tokens in data) and any(
