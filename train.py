@@ -131,7 +131,7 @@ class Trainer:
         if s.compile:
             torch._dynamo.config.recompile_limit = 100                # a graph for each budget that is trained
         compiled = torch.compile(self.model) if s.compile else self.model
-        self.parallel = DDP(compiled, broadcast_buffers=False) if self.world > 1 else compiled
+        self.parallel = DDP(compiled) if self.world > 1 else compiled
         self.step, self.val_loss, self.best_val_loss = 0, None, None  # steps taken; losses that are known
         if saved:
             self.take_over(saved)

@@ -1,5 +1,7 @@
 """What careful people expect of train.py and sample.py: runs that resume exactly, files that survive, several
 processes, other data: `python -m pytest tests/test_trust.py`."""
+import contextlib
+import io
 import math
 import os
 import pickle
@@ -7,8 +9,12 @@ import random
 import re
 import resource
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +24,7 @@ import sample
 import train
 from programs import ROOT, TINY, Code, checkpoint, exits, python, sampled
 from tasks.text import Text, decoder, encode
+from tools.files import RunFolder
 from tools.program import read_flags
 
 FLAGS = [*TINY, *("--max_iters 24 --eval_interval 6 --eval_iters 2 --log_interval 4 --dropout 0.1 --budget 1,1.5,2 "
@@ -31,7 +38,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(VERSE * 20, "utf-8")
     torch.set_num_threads(1)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield tmp_path
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -79,15 +86,79 @@ def assert_same_run(one, other):
 
 # -- interrupted runs ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_saves_says_how_to_resume_and_ends_as_if_it_had_not(number, monkeypatch, capsys):
-    train_here("--out_dir", "whole")
-    before_step(monkeypatch, 9, send(number))
-    train_here("--out_dir", "cut")
-    assert checkpoint("cut/ckpt.pt")["step"] == 10
-    said = re.search(r"stopped after 10 steps; to go on: python train.py (.*)", capsys.readouterr().out).group(1)
-    train.main(said.split())
+@pytest.mark.parametrize("numbers, flags", [
+    ([signal.SIGINT], ""), ([signal.SIGTERM] * 2, "--optimizer adamw"),
+    ([signal.SIGHUP] * 2, "--gradient_accumulation_steps 2")])
+def test_a_run_that_is_asked_to_stop_saves_says_how_to_resume_and_ends_as_if_it_had_not(numbers, flags, monkeypatch, capfd):
+    """A launcher and its scheduler send SIGTERM, a closing terminal and its shell SIGHUP, both twice at times."""
+    train_here("--out_dir", "whole", *flags.split())
+    before = [signal.getsignal(number) for number in numbers]
+    before_step(monkeypatch, 9, send(*numbers))
+    train_here("--out_dir", "cut", *flags.split())
+    assert [signal.getsignal(number) for number in numbers] == before and checkpoint("cut/ckpt.pt")["step"] == 10
+    said = capfd.readouterr()
+    assert re.fullmatch(r"\nstopping as soon as .*\n", said.err)
+    again = re.search(r"stopped after 10 steps; to go on: python train.py (.*)", said.out).group(1)
+    train.main(again.split())
     assert_same_run("whole", "cut")
+
+
+def test_a_hangup_that_is_ignored_when_the_run_begins_is_ignored_to_its_end(monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)                      # what nohup does
+    before_step(monkeypatch, 9, send(signal.SIGHUP))
+    train_here()
+    assert checkpoint()["step"] == 24
+
+
+def test_an_evaluation_stops_at_once_when_asked_and_is_made_up_for(monkeypatch, capfd):
+    many = "--eval_iters", "50"
+    train_here("--out_dir", "whole", *many)
+    capfd.readouterr()
+    batch, seen = Text.val_batch, []
+
+    def val_batch(self, i):
+        seen.append(i)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(self, i)
+
+    before_step(monkeypatch, 11, lambda trainer: monkeypatch.setattr(Text, "val_batch", val_batch))
+    train_here("--out_dir", "cut", *many)
+    said = capfd.readouterr()
+    assert seen == [0, 1, 2, 3] and said.err.startswith("\nstopping") and "stopped after 12 steps" in said.out
+    assert checkpoint("cut/ckpt.pt")["val_loss"] is None
+    monkeypatch.setattr(Text, "val_batch", batch)
+    go_on("--out_dir", "cut")
+    assert_same_run("whole", "cut")
+
+
+def start(*flags, **how):
+    """A run in a process of its own."""
+    return subprocess.Popen([sys.executable, *flags], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, encoding="utf-8", env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+
+
+def wait_until(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail("waited for 30 s")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_run_goes_on_when_nobody_reads_what_it_prints_and_is_stopped_as_ever(stopped):
+    run = start(ROOT / "train.py", *FLAGS, "--max_iters", "1000000" if stopped else "12")
+    assert "parameters" in run.stdout.readline()
+    run.stdout.close()                                                # as `head -1` does
+    if stopped:
+        wait_until(Path("out/ckpt.pt").exists)
+        run.send_signal(signal.SIGINT)
+    said = run.stderr.read()
+    assert run.wait(30) == 0 and said.count("\n") == 2 * stopped and said.startswith("\nstopping" if stopped else "")
+    saved, logged = checkpoint()["step"], Path("out/log.csv").read_text().splitlines()
+    assert saved == 12 and logged[-1].startswith("12,") if not stopped else saved >= int(logged[-1].split(",")[0]) > 0
+    assert stopped or Path("out/loss.png").exists()
 
 
 def test_a_new_run_stopped_before_its_first_evaluation_leaves_no_older_best(monkeypatch):
@@ -105,6 +176,127 @@ def test_the_first_step_whose_loss_is_not_finite_is_named(monkeypatch, capsys):
                         lambda self: (step(self)[0] * (math.nan if self.step > 9 else 1), torch.zeros(2, 16)))
     assert "the loss at step 9 is nan" in exits(capsys, train_here, code=1).err
     assert checkpoint()["step"] == 6
+
+
+# -- what is in the folder is not lost ---------------------------------------------------------------------------------
+
+def contents(folder="out"):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def killed(*flags):
+    """Train in another process, which is killed before step 9."""
+    child = os.fork()
+    if child == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            before_step(patch, 9, send(signal.SIGKILL))
+            train_here(*flags)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def test_a_run_is_replaced_only_on_demand_and_only_by_a_checkpoint(monkeypatch, capsys):
+    train_here()
+    before, weights = contents(), checkpoint()["model"]
+    said = exits(capsys, train_here, "--seed", "1").err
+    assert all(flag in said for flag in ("--resume", "--out_dir", "--start_over")) and said.count("\n") == 1
+    assert contents() == before
+    killed("--start_over", "--seed", "1", "--eval_interval", "10")    # before its first checkpoint
+    assert {name: contents()[name] for name in before} == before
+    go_on()
+    assert not list(Path("out").glob("*.new")) and same(checkpoint()["model"], weights)
+    killed("--start_over", "--seed", "1")                             # after its checkpoint at step 6
+    assert [line.split(",")[0] for line in Path("out/log.csv").read_text().splitlines()] == ["step", "4", "6", "8"]
+    assert all(checkpoint(f"out/{name}.pt")["step"] == 6 for name in ("ckpt", "best"))
+    go_on()                                                           # nothing that was killed has locked the folder
+    train_here("--seed", "1", "--out_dir", "whole")
+    assert_same_run("whole", "out")
+
+
+def test_two_runs_cannot_have_one_folder_and_strange_files_stay(capsys):
+    Path("out").mkdir()
+    for name in ("ckpt.pt.1.new", "best.pt.22.new", "log.csv.1.new", "mine.new"):
+        Path("out", name).touch()
+    held = RunFolder(Path("out"), train.LOG_COLUMNS, None)
+    assert sorted(contents()) == [".lock", "log.csv", "mine.new"]
+    for flags in ((), ("--start_over",)):
+        said = exits(capsys, train_here, *flags).err
+        assert "out is in use by another run" in said and said.count("\n") == 1
+    held.close()
+    train_here("--max_iters", "1")
+
+
+def test_a_log_that_another_program_has_saved_is_set_aside(capsys):
+    train_here("--max_iters", "6")
+    log = Path("out/log.csv")
+    changed = log.read_text().replace(",", ";")
+    log.write_text(changed)
+    go_on("--max_iters", "8")
+    assert Path("out/log-0.csv").read_text() == changed and "log-0.csv" in capsys.readouterr().out
+    assert [line.split(",")[0] for line in log.read_text().splitlines()] == ["step", "8", "8"]
+
+
+def test_a_run_resumes_with_its_data_wherever_that_is_and_with_no_other(capsys):
+    Path("text.txt").write_bytes(os.urandom(500_000))
+    train_here("--max_iters", "2")
+    Path("d").mkdir()
+    text = bytearray(Path("text.txt").rename("d/a.txt").read_bytes())
+    go_on("--max_iters", "3", "--dataset", "d/a.txt")
+    go_on("--max_iters", "4", "--dataset", "./d/a.txt")
+    before = contents()
+    for place in (0, 222_222, 499_999):
+        other = text.copy()
+        other[place] ^= 1
+        Path("d/a.txt").write_bytes(other)
+        said = exits(capsys, go_on, "--max_iters", "5").err
+        assert "other data" in said and said.count("\n") == 1
+    assert contents() == before
+
+
+def test_learning_rates_stay_at_their_lowest_when_max_iters_is_raised(capsys):
+    train_here("--max_iters", "12")
+    capsys.readouterr()
+    go_on("--max_iters", "20")
+    assert "from step 12 on, where their decay ends, the learning rates stay at 0.05 of the highest" in (
+        capsys.readouterr().out)
+    rows = np.genfromtxt("out/log.csv", delimiter=",", names=True)
+    assert rows["learning_rate"][rows["step"] > 12].tolist() == pytest.approx([2e-4, np.nan, 2e-4, np.nan], nan_ok=True)
+    assert "raised later goes on at the lowest rates" in " ".join(exits(capsys, train.main, ["--help"], code=0).out.split())
+
+
+def test_the_summary_names_a_loss_of_the_shortest_run_and_only_files_that_are_there(capsys):
+    train_here("--max_iters", "3", "--log_interval", "1000")
+    said = capsys.readouterr().out
+    assert re.search(r"^train_loss: +\d+\.\d+$", said, re.M) and re.search(r"^best: +out/best.pt, ", said, re.M)
+    Path("out/best.pt").unlink()
+    go_on()
+    said = capsys.readouterr().out
+    assert re.search(r"^val_loss: +\d+\.\d+$", said, re.M) and "best.pt" not in said
+
+
+def lose_folder(trainer):
+    os.rename("out", "gone")
+
+
+def lose_log(trainer):
+    os.remove("out/log.csv")
+
+
+@pytest.mark.parametrize("act, full", [(lose_folder, False), (lose_log, False), ("fsync", True), ("log", True)])
+def test_a_folder_that_is_lost_or_full_is_told_in_one_sentence(act, full, monkeypatch, capsys):
+    """A full disk, while a checkpoint or log.csv is written; a lost one, as by a network drive."""
+    def fill(trainer):
+        if act == "fsync":
+            monkeypatch.setattr(os, "fsync", lambda file: os.write(os.open("/dev/full", os.O_WRONLY), b"."))
+        else:
+            folders[0].log_file = open("/dev/full", "a", buffering=1)
+
+    folders, init = [], RunFolder.__init__
+    monkeypatch.setattr(RunFolder, "__init__", lambda self, *a: (folders.append(self), init(self, *a))[1])
+    before_step(monkeypatch, 9, fill if full else act)
+    said = exits(capsys, train_here).err
+    assert said.count("\n") == 1 and ("make room" in said) == full and "None" not in said, said
+    assert any(word in said for word in ("No such file", "not found", "No space left"))
 
 
 DRIVER = """
@@ -229,6 +421,20 @@ def test_two_processes_train_as_one_with_twice_the_batches(monkeypatch):
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for the workers in /proc")
+def test_several_processes_stop_at_the_next_step_whichever_of_them_is_asked():
+    launch = "-m", *"torch.distributed.run --standalone --nproc_per_node 2".split(), ROOT / "train.py"
+    for worker, flags in ((1, [*FLAGS, *"--log_interval 1000 --max_iters 1000000".split()]), (None, ["--resume"])):
+        run, had = start(*launch, *flags), checkpoint()["step"] if Path("out").exists() else 0
+        wait_until(lambda: Path("out/ckpt.pt").exists() and checkpoint()["step"] > had)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(run.pid if worker is None else int(children[worker]), signal.SIGTERM)
+        said, errors = run.communicate(timeout=30)
+        steps = int(re.search(r"stopped after (\d+) steps", said).group(1))
+        assert checkpoint()["step"] == steps and 'train.py", line' not in errors, errors
+        assert worker is None or run.returncode == 0
+
+
 def test_the_batches_of_a_step_differ_from_each_other_and_the_dropout_repeats():
     train_here("--out_dir", "one", "--max_iters", "2")
     train_here("--out_dir", "again", "--max_iters", "2")
@@ -308,6 +514,12 @@ def test_a_run_that_cannot_start_on_a_folder_leaves_an_older_one_as_it_is(capsys
     make_folder()
     train_here("--dataset", "mine", "--max_iters", "2")
     files = {p: p.read_bytes() for p in Path("out").iterdir()}
+    tokens = np.fromfile("mine/val.bin", np.uint16)
+    tokens[[77, 79]] = 60000, 60001                                   # where no batch of so short a run looks
+    tokens.tofile("mine/val.bin")
+    assert "token 60000 at place 77," in exits(capsys, train_here, "--start_over", "--dataset", "mine").err
+    tokens[[77, 79]] = 0
+    tokens.tofile("mine/val.bin")
     assert "--vocab_size must be above" in exits(capsys, train_here, "--start_over", "--dataset", "mine", "--vocab_size", "10").err
     meta = pickle.loads(Path("mine/meta.pkl").read_bytes())
     for last in (0, 1):                                               # words in another order; one more
@@ -363,6 +575,29 @@ def test_a_folder_that_cannot_be_trained_on_is_refused(files, flags, word, capsy
     assert word in said and said.count("\n") == 1, said
 
 
+def test_the_place_of_a_token_outside_the_vocabulary_is_that_in_the_file(capsys):
+    Path("mine").mkdir()
+    for name, size in (("train", 5 * 2**20), ("val", 2**10)):
+        tokens = np.zeros(size, np.uint16)
+        tokens[[-3, -2]] = 300, 301
+        tokens.tofile(f"mine/{name}.bin")
+    said = exits(capsys, train_here, "--dataset", "mine", "--vocab_size", "300").err
+    assert f"token 300 at place {5 * 2**20 - 3}," in said and not Path("out").exists()
+
+
+def test_a_vocabulary_above_65536_is_read_as_uint32(capsys):
+    Path("mine").mkdir()
+    tokens = 65_000 + np.arange(1000, dtype=np.uint32)
+    for name in ("train", "val"):
+        tokens.tofile(f"mine/{name}.bin")
+    train_here("--dataset", "mine", "--vocab_size", "66000", "--max_iters", "1")
+    one = trainer("--dataset", "mine", "--vocab_size", "66000")
+    assert (one.data.train == tokens).all() and one.data.val_batch(1)[1].max() == 65_999
+    assert re.match(r"65999 \d+ ", sampled(capsys, "--prompt", "65999", "--max_new_tokens", "1"))
+    said = exits(capsys, train_here, "--dataset", "mine", "--vocab_size", "65999", "--start_over").err
+    assert "token 65999 at place 999," in said
+
+
 def test_a_file_of_many_gigabytes_starts_at_once_in_little_memory():
     """8 GB of tokens, all 0, in a sparse file."""
     Path("big").mkdir()
@@ -374,6 +609,40 @@ def test_a_file_of_many_gigabytes_starts_at_once_in_little_memory():
             "print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")
     done = python("-c", code, ROOT, *FLAGS, "--dataset", "big", "--vocab_size", "300", check=True)
     assert int(done.stdout.split("grew")[1]) < 300_000                # KiB
+
+
+# -- where it runs -----------------------------------------------------------------------------------------------------
+
+def test_what_a_notebook_and_a_scheduler_leave_in_the_environment_changes_nothing():
+    left = dict(RANK="", WORLD_SIZE="", OMP_NUM_THREADS="1", MPLBACKEND="module://matplotlib_inline.backend_inline")
+    done = subprocess.run([sys.executable, ROOT / "train.py", *FLAGS, "--max_iters", "2"], env=os.environ | left,
+                          capture_output=True)
+    assert done.returncode == 0 and not done.stderr and Path("out/loss.png").exists(), done.stderr
+
+
+def test_python_without_docstrings_and_asserts_trains_too(monkeypatch, capsys):
+    """python -OO, but not for torch, which takes half a minute to compile."""
+    bare = ModuleType("bare")
+    monkeypatch.setitem(sys.modules, "bare", bare)
+    exec(compile((ROOT / "train.py").read_text("utf-8"), "train.py", "exec", optimize=2), bare.__dict__)
+    assert bare.__doc__ is None and "--max_iters" in exits(capsys, bare.main, ["--help"], code=0).out
+    bare.main([*FLAGS, "--max_iters", "2"])
+    assert checkpoint()["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["", "2"])
+def test_a_lone_rank_or_world_size_starts_no_group(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert trainer().world == 1 and not torch.distributed.is_initialized()
+
+
+def test_a_run_in_a_thread_prints_to_whatever_stands_for_stdout(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    thread = threading.Thread(target=train_here)
+    thread.start()
+    thread.join()
+    assert "val_loss:" in sys.stdout.getvalue()
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

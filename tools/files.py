@@ -68,13 +68,21 @@ class RunFolder:
         self.path, self.log, self.checkpoint = path, path / "log.csv", path / "ckpt.pt"
         make_folder(path, "--out_dir")
         self.lock()
+        try:
+            self.begin(columns, step, start_over)
+        except BaseException:                                         # in a notebook the process goes on
+            self.lock_file.close()
+            raise
+
+    def begin(self, columns, step, start_over):
+        """Begin a new log.csv, or go on with the old one; refuse to replace a run that nobody has asked to replace."""
         self.remove_scratch()                                         # of runs that were killed while they wrote
-        holds_a_run = self.checkpoint.exists() or (path / "best.pt").exists()
+        holds_a_run = self.checkpoint.exists() or (self.path / "best.pt").exists()
         if holds_a_run and step is None and not start_over:
-            refuse(f"--out_dir {path} holds a run: go on with it by --resume, name another --out_dir, or replace it by "
-                   "--start_over")
+            refuse(f"--out_dir {self.path} holds a run: go on with it by --resume, name another --out_dir, or replace it "
+                   "by --start_over")
         self.replaces_a_run = holds_a_run and step is None
-        where = path / f"log.csv.{os.getpid()}.new" if self.replaces_a_run else self.log
+        where = self.path / f"log.csv.{os.getpid()}.new" if self.replaces_a_run else self.log
         rows = self.rows_up_to(step, columns) if step is not None else []
         text = "".join(",".join(row) + "\n" for row in [columns, *rows])
         write_atomically(where, lambda file: file.write(text.encode()))
