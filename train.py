@@ -180,8 +180,6 @@ class Trainer:
         """One update of the weights. Returns the loss of this process's batches, a tensor, and the owners of the last
         block's streams in its last batch."""
         s, n, loss, trace = self.s, self.s.gradient_accumulation_steps, 0.0, []
-        bars = [fork.bar for fork in self.model.forks.values()] if self.model.causal else []
-        before, moved = [bar.clone() for bar in bars], [torch.zeros_like(bar) for bar in bars]
         budget = float(self.random(purpose=1).choice(s.budget))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -192,11 +190,6 @@ class Trainer:
             part = self.loss(self.parallel, batch, budget, trace) / n
             part.backward()
             loss += part.detach()
-            for bar, old, total in zip(bars, before, moved):          # each batch moves the bars from where they were
-                total += bar
-                bar.copy_(old)
-        for bar, total in zip(bars, moved):                           # and all go to the mean, however they are shared out
-            bar.copy_(self.total(total) / self.batches)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -222,6 +215,9 @@ class Trainer:
 
     def measure_other_bars(self):
         """Set the bars of the budgets that are not trained, by the same few batches in every process."""
+        if self.world > 1:                                            # the first process's bars are everybody's, as in
+            for buffer in self.model.buffers():                       # DDP; but since the last step each moved its own
+                dist.broadcast(buffer, 0)
         most = 2.0 ** len(self.model.forks)
         others = {r for r in self.model.config.bar_budgets if r <= most} - {min(r, most) for r in self.s.budget}
         texts = [self.data.train_batch(self.random(number, purpose=2))[0] for number in range(4)]
