@@ -87,8 +87,9 @@ def test_golden_numbers_of_the_authors_jax_code():
 
 
 # -- the specification -----------------------------------------------------------------------------------------------
-# # The whole method for one sequence, in loops over plain lists and NumPy vectors of float64, straight from the
-equations. # It is slow and obvious; tinybubbles.py is fast and must give the same numbers.
+#
+# The whole method for one sequence, in loops over plain lists and NumPy vectors of float64, straight from the
+# equations. It is slow and obvious; tinybubbles.py is fast and must give the same numbers.
 
 @dataclass
 class Stream:

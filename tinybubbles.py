@@ -335,13 +335,12 @@ class Fork(nn.Module):
         the next higher one's moves."""
         bar_index = (self.budgets < budget - ROUNDING).sum(0, keepdim=True)           # (1,)
         r = self.budgets.gather(0, bar_index)
-        extras_to_be_had = ((r - 1) * tokens).round().long()                          # (1,)
+        count = ((r - 1) * tokens).round().long()                                     # (1,), extras to be had
         best_first = logp.masked_fill(~is_extra, PADDING).flatten().sort(descending=True).values
-        reached = best_first.gather(0, extras_to_be_had.clamp(1, len(best_first)) - 1)
-        # A little lower, as the extra that sets the bar must not fall under it by rounding. If there are
-        # fewer extras than may be had, `reached` is that of padding, and the bar becomes the lowest log P
-        # there is: all are wanted.
-        target = (reached - 1e-3).clamp(min=self.lowest_logp)
+        reached = best_first.gather(0, (count - 1).clamp(0, len(best_first) - 1))
+        # A little lower than what they reach, as the extra that sets the bar must not fall under it by rounding.
+        # Where all extras may be had, all are wanted: no log P is lower than lowest_logp.
+        target = torch.where(count >= is_extra.sum(), self.lowest_logp, reached - 1e-3)
         bar = self.bar.gather(0, bar_index)
         self.bar.scatter_(0, bar_index, torch.where(bar == NEVER_MEASURED, target, bar.lerp(target, 0.1)))
 

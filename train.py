@@ -3,7 +3,8 @@ Train a model: python train.py --dataset shakespeare        (every flag: python 
 
 A run can be stopped at any time and continued with --resume, and ends as if it had never been stopped: what a step
 draws at random depends on the seed, the number of the step and the number of the batch alone. Any number of processes
-can share the batches of a step. """
+can share the batches of a step.
+"""
 import dataclasses
 import math
 import shlex

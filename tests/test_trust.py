@@ -419,7 +419,7 @@ def test_two_processes_train_as_one_with_twice_the_batches(monkeypatch):
     for column in ("train_loss", "val_loss", "streams_per_token"):
         np.testing.assert_allclose(one[column], two[column], atol=2e-4 if "loss" in column else 0.2)
     a, b = (checkpoint(f"{out}/ckpt.pt")["model"] for out in ("one", "two"))
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a if not name.endswith(".bar"))
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for the workers in /proc")
