@@ -111,7 +111,7 @@ def test_a_hangup_that_is_ignored_when_the_run_begins_is_ignored_to_its_end(monk
 
 
 def test_an_evaluation_stops_at_once_when_asked_and_is_made_up_for(monkeypatch, capfd):
-    many = "--eval_iters", "50"
+    many = "--eval_iters", "20"
     train_here("--out_dir", "whole", *many)
     capfd.readouterr()
     batch, seen = Text.val_batch, []
@@ -261,7 +261,8 @@ def test_learning_rates_stay_at_their_lowest_when_max_iters_is_raised(capsys):
         capsys.readouterr().out)
     rows = np.genfromtxt("out/log.csv", delimiter=",", names=True)
     assert rows["learning_rate"][rows["step"] > 12].tolist() == pytest.approx([2e-4, np.nan, 2e-4, np.nan], nan_ok=True)
-    assert "raised later goes on at the lowest rates" in " ".join(exits(capsys, train.main, ["--help"], code=0).out.split())
+    shown = exits(capsys, train.main, ["--help"], code=0).out.split()
+    assert "raised later goes on at the lowest rates" in " ".join(shown)
 
 
 def test_the_summary_names_a_loss_of_the_shortest_run_and_only_files_that_are_there(capsys):

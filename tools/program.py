@@ -98,8 +98,8 @@ def choose_device(name):
 
 
 def join_processes(device):
-    """(rank, number of processes, device) as torchrun has started them; else (0, 1, device), which a RANK or a
-    WORLD_SIZE that something else has left in the environment does not change."""
+    """(rank, number of processes, device) as torchrun has started them; else (0, 1, device), which a RANK or a WORLD_SIZE
+    that something else has left in the environment does not change."""
     if not all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return 0, 1, device
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -142,10 +142,9 @@ def show_all_characters():
 
 
 class Stop:
-    """Whether somebody asks the program to stop: by Ctrl-C, by SIGTERM, or by closing its terminal (SIGHUP, unless it
-    is ignored, as under nohup). It is used as `with Stop() as stop`. A second Ctrl-C ends the program at once; the
-    others may come twice by themselves, as from a launcher and its workers' scheduler, or from a terminal and its
-    shell."""
+    """Whether somebody asks the program to stop: by Ctrl-C, by SIGTERM, or by closing its terminal (SIGHUP, unless it is
+    ignored, as under nohup). It is used as `with Stop() as stop`. A second Ctrl-C ends the program at once. A
+    second SIGTERM or SIGHUP does not: both a launcher and a scheduler may send one, or a terminal and its shell."""
 
     def __init__(self):
         self.asked, self.before = False, {}
