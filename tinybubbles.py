@@ -18,12 +18,12 @@ Words used here, each with one meaning:
     candidate   what a fork layer chooses from: for each stream, a new fork of it and the stream itself
     extra       a candidate that is not an original: a new fork, or an old fork that would stay
     score       the probability that a fork layer gives to a candidate; the code works with its log
-    P           how much a stream counts. An original has 1. A new fork has its parent's P times its own score,
-                and each later fork layer multiplies it by the score for staying
+    P           how much a stream counts. An original has 1. A new fork has the P that its parent had before this
+                fork layer, times its own score; each later fork layer multiplies it by the score for staying
     budget r    how many streams a token may own on average (in the picture 1.5)
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
     bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a
-                list. Training at a budget moves its bars; those of other budgets wait until they are measured
+                list. Training at a budget measures its bars. A budget without one uses the next higher budget's
     segment     the blocks between two fork layers, in which the streams stay the same
 
 Four things that are easy to get wrong:
@@ -32,8 +32,9 @@ Four things that are easy to get wrong:
     2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Alone it would
        be spent on whatever comes first, so there is the bar, which about r - 1 extras per token reach. An extra
        below it is refused even if there is room, and the room stays for later extras that reach it.
-    3. Room is given out from left to right, token by token; within a token every stream is served before its own
-       new fork. So a fork never takes its parent's place, and no later token changes an earlier choice.
+    3. Room is given out from left to right, stream by stream; each stream that would stay is served just before its
+       own new fork. So a new fork never takes the room of its parent (but it outlives a parent that misses the
+       bar), and no later token changes an earlier choice.
     4. The loss teaches the scores through P alone. A fork that is not chosen has no P in any block, and so its
        score gets no gradient.
 
@@ -95,7 +96,7 @@ def check_budget(budget):
 
 class Tinybubbles(nn.Module):
     """A GPT with fork layers before some of its blocks."""
-    causal = True  # no later token changes an earlier prediction, so a cache can be used
+    causal = True  # no later token changes an earlier choice, so a cache can be used
 
     def __init__(self, config):
         super().__init__()
@@ -136,8 +137,8 @@ class Tinybubbles(nn.Module):
         """The method: embed, then fork and run the blocks, then merge. Returns the logits (B, T, V), and the
         number of streams that this call added to each segment, (segments, B, 1)."""
         B, T = idx.shape
-        # How many streams of earlier calls each segment has. In the first one nothing is forked yet, so
-        # filled[0] is the number of earlier tokens.
+        # How many streams of earlier calls each segment holds. Segment 0 holds originals alone, so filled[0] is
+        # also the number of earlier tokens.
         filled = idx.new_zeros(1 + len(self.forks), B, 1) if cache is None else cache.filled
         x = self.drop(self.wte(idx))                                                  # (B, T, D)
         owner = torch.arange(T, device=idx.device).repeat(B, 1)                       # (B, T), one stream a token
@@ -146,11 +147,11 @@ class Tinybubbles(nn.Module):
         slots = None if cache is None else Slots(cache, 0, streams)
         for layer, block in enumerate(self.blocks):
             if layer in self.config.fork_layers:
-                earlier_extras = filled[len(segments)] - filled[0]                    # (B, 1), of earlier calls
-                fork = self.forks[str(layer)]
-                x, owner, logp = fork(x, streams, budget, earlier_extras, cache is not None)
+                segment, fork_layer = len(segments), self.forks[str(layer)]
+                earlier_extras = filled[segment] - filled[0]                          # (B, 1), all but the originals
+                x, owner, logp = fork_layer(x, streams, budget, earlier_extras, cached=cache is not None)
                 streams = Streams(owner, logp, T, filled[0], self.frequency)
-                slots = None if cache is None else Slots(cache, len(segments), streams)
+                slots = None if cache is None else Slots(cache, segment, streams)
                 segments.append(streams)
             x = block(x, streams, slots)                                              # (B, N, D)
             if trace is not None:
@@ -158,8 +159,8 @@ class Tinybubbles(nn.Module):
         return self.predict(x, streams), torch.stack([segment.count for segment in segments])
 
     def predict(self, x, streams):
-        """Merge as the authors' code does: x_t is the sum of P_j x_j over the streams j of token t. (The sum
-        is not divided by that of the P.) Then the norm and the head: of x (B, N, D), the logits (B, T, V)."""
+        """Merge, and predict: x (B, N, D) becomes the logits (B, T, V). As in the authors' code, x_t is the sum
+        of P_j x_j over the streams j of token t, which is not divided by the sum of their P_j."""
         return self.head(streams.sum_per_token(streams.P * x))
 
     def head(self, x):
@@ -169,6 +170,8 @@ class Tinybubbles(nn.Module):
         """Refuse with ValueError what cannot be done, and change nothing. Returns the budget of this call."""
         budget = self.spendable(budget)
         left = self.config.block_size - (0 if cache is None else cache.length)
+        if left == 0:
+            raise ValueError(f"the cache is full with block_size = {cache.length} tokens; clear it or make another")
         if idx.dim() != 2 or len(idx) == 0 or not 1 <= idx.size(1) <= left:
             raise ValueError(f"idx must be (B, T), B at least 1 and T from 1 to {left}, which is block_size less the "
                              f"tokens in the cache, not {tuple(idx.shape)}")
@@ -200,8 +203,7 @@ class Tinybubbles(nn.Module):
     def generate(self, idx, max_new_tokens, *, temperature=1.0, top_k=None, budget=None, generator=None,
                  show=None, compile=False):
         """Continue idx (B, T), int64: returns (B, T + max_new_tokens). Each token is read once, into a cache;
-        when that is full, the last block_size // 2 + 1 tokens are read anew into the empty cache, which
-        leaves room for as many more: so generating costs about two tokens read for each new one.
+        when that is full, the newest token and the block_size // 2 before it are read into the emptied cache.
 
         temperature: 0 always takes the likeliest token. top_k: sample among the k likeliest; None or 0 means
         all. generator: a torch.Generator. show: a function that is called with each new token (B, 1).
@@ -226,7 +228,7 @@ class Tinybubbles(nn.Module):
             if cache is not None:
                 cache.commit(stream_counts, unread.size(1))
             k = min(top_k or V, V) if temperature else 1
-            likeliest, token = logits[:, -1].topk(k)                                  # (B, k), falling
+            likeliest, token = logits[:, -1].topk(k)                                  # (B, k), the likeliest first
             # All are relative to the likeliest, hence at most 0, so no temperature makes them overflow.
             probs = ((likeliest - likeliest[:, :1]) / max(temperature, 1e-9)).softmax(-1)
             unread = token.gather(1, torch.multinomial(probs, 1, generator=generator))  # (B, 1)
@@ -249,7 +251,7 @@ def init_matrix(module, config, added=1):
 class Fork(nn.Module):
     """A fork layer (section 2.2): of N streams it makes 2N candidates, and lets some of them survive.
     Candidates are kept as pairs, (B, N, 2): of each stream a new fork, and the stream itself."""
-    originals_fade = False  # originals keep P = 1, so a budget of 1 is a plain GPT (but for the score channel)
+    originals_fade = False  # originals keep P = 1, so at a budget of 1 this is a GPT with one channel per head less
 
     def __init__(self, config):
         super().__init__()
@@ -260,7 +262,7 @@ class Fork(nn.Module):
         # The budgets are saved with their bars, so that no bar is ever read as another budget's.
         self.register_buffer("budgets", torch.tensor(config.bar_budgets))             # (R,), rising
         self.register_buffer("bar", torch.full_like(self.budgets, NEVER_MEASURED))    # (R,), log P
-        self.lowest_logp = MIN_SCORE * len(config.fork_layers)
+        self.lowest_logp = MIN_SCORE * len(config.fork_layers)                        # after the lowest score in each
 
     def forward(self, x, streams, budget, earlier_extras, cached):
         """Score, select, gather: of the streams x (B, N, D), the surviving candidates as x (B, N', D), owner
@@ -273,7 +275,7 @@ class Fork(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             score = F.logsigmoid(self.score(self.ln(x))).clamp(min=MIN_SCORE)         # (B, N, 2)
         if not self.originals_fade:
-            score = score.masked_fill(kept_originals(streams), 0.0)
+            score = score.masked_fill(kept_originals(streams), 0.0)                   # log 1
         logp = streams.logp.unsqueeze(-1) + score                                     # (B, N, 2)
 
         # Select: every original, and some of the extras. A choice has no gradient; logp keeps its own.
@@ -293,12 +295,13 @@ class Fork(nn.Module):
         return x, owner, logp
 
     def width(self, survives, T, budget, cached):
-        """How many streams to keep room for in each row. The widest row would say; but looking at the data
-        makes a GPU wait, and a shape that depends on it cannot be compiled."""
+        """How many streams to keep of each row: as many as the widest row has. But to look at the data makes a
+        GPU wait, and a shape that depends on it cannot be compiled. So where that matters, there is room to
+        spare."""
         if not cached:
-            return min(survives.size(1), quota(budget, T))  # no row has more, when it starts without extras
+            return min(survives.size(1), quota(budget, T))  # a text that is read at once owns no more than its quota
         if torch.compiler.is_compiling():
-            return survives.size(1)                         # room for all candidates of a token or a few
+            return survives.size(1)                         # every candidate
         return int(survives.sum(1).max())                   # the widest row
 
     def select(self, logp, streams, budget, earlier_extras, learns):
@@ -319,27 +322,28 @@ class Fork(nn.Module):
         return is_original | admitted.unflatten(1, (-1, 2)).flip(-1)
 
     def bar_for(self, budget):
-        """The bar (1,) of a budget: of those not below it that have been measured, the lowest budget's. If that is
-        a higher budget, its bar is lower: more extras are wanted than may be had, and the quota trims them. If
-        there is none, all extras are wanted. (A tensor says which it is: to ask for a number makes a GPU wait.)"""
+        """The bar (1,) to use at this budget: that of the lowest measured budget which is not below it. If that
+        is a higher budget, too many extras reach its bar, and the quota trims them. If there is no such budget,
+        all extras are wanted. (The answer is a tensor, as to turn it into a number would make a GPU wait.)"""
         measured = (self.budgets >= budget - ROUNDING) & (self.bar != NEVER_MEASURED)         # (R,)
         first = measured.int().argmax(0, keepdim=True)                                # (1,), 0 if there is none
         return self.bar.masked_fill(~measured, NEVER_MEASURED).gather(0, first)
 
     @torch.no_grad()
     def move_bar(self, budget, logp, is_extra, tokens):
-        """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a
-        tenth of the way, or the first time all of it. It is a running statistic, as the mean in BatchNorm is:
-        a forward pass of training moves it, after using it. Without gradients or with a cache nothing moves
-        it, so neither validation nor sampling does, even in train mode. For a budget that is not in the list,
-        the next higher one's moves."""
+        """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a tenth
+        of the way, or all of it the first time. It is a running statistic, as the mean in BatchNorm is. Each
+        forward pass that trains moves it once, after the choice is made; no other pass does, so neither
+        validation without gradients nor sampling, even in train mode. If the budget is not in the list, the
+        next higher one's bar moves."""
         bar_index = (self.budgets < budget - ROUNDING).sum(0, keepdim=True)           # (1,)
         r = self.budgets.gather(0, bar_index)
         count = ((r - 1) * tokens).round().long()                                     # (1,), extras to be had
         best_first = logp.masked_fill(~is_extra, PADDING).flatten().sort(descending=True).values
         reached = best_first.gather(0, (count - 1).clamp(0, len(best_first) - 1))
-        # A little lower than what they reach, as the extra that sets the bar must not fall under it by rounding.
-        # Where all extras may be had, all are wanted: no log P is lower than lowest_logp.
+        # A little lower than what they reach, as the extra that sets the bar must not fall under it by
+        # rounding. Where all extras may be had, all are wanted. (At r = 1 none may, whatever the bar is: the
+        # quota sees to it.)
         target = torch.where(count >= is_extra.sum(), self.lowest_logp, reached - 1e-3)
         bar = self.bar.gather(0, bar_index)
         self.bar.scatter_(0, bar_index, torch.where(bar == NEVER_MEASURED, target, bar.lerp(target, 0.1)))
@@ -352,27 +356,33 @@ def kept_originals(streams):
 
 
 def quota(budget, t):
-    """ceil(budget t): how many streams the first t tokens may own together. t is an int or an int64 tensor.
+    """How many streams the first t tokens may own together: ceil(round(budget * t, 6)). t is an int or an int64
+    tensor.
 
-    The product is taken in whole numbers of 1e-12, since that of floats is now and then a little too large,
-    and would be rounded up to one stream too many: 1.1 * 50 is 55.00000000000001. For budgets such as 5/3,
-    which no decimal number is, half a millionth of a stream too many is forgiven as well."""
-    units = round(budget * 10**12) * t - 500_000
-    return -(-units // 10**12)
+    The product is rounded before it is raised, as that of floats can be a little too large: 1.1 * 50 is
+    55.00000000000001. It is computed in whole numbers, in units of 1e-12, so that all devices agree."""
+    units = round(budget * 10**12) * t
+    return -(-(units - 500_000) // 10**12)  # half of 1e-6 is taken off; -(-a // b) raises a / b to a whole number
 
 
 def admit(wanted, allowed, used):
-    """Give out room from left to right: which of the wanted extras (B, M) are admitted, (B, M), if a row
-    holds used (B, 1) extras to begin with, and may hold allowed (B, M) up to each place. `allowed` never
-    falls along a row, and is nowhere less than `used`. For each row, it does what this loop does:
+    """Give out room from left to right. wanted (B, M) says which extras are wanted, allowed (B, M) how many the
+    row may hold up to each of them, and used (B, 1) how many it holds to begin with. `allowed` never falls
+    along a row and is never less than `used`. Returns which extras are admitted, (B, M). Each row is served as
+    by this loop:
 
         for i in range(M):
             admitted[i] = wanted[i] and used < allowed[i]
             used = used + admitted[i]
 
-    In it, used becomes min(used + wanted[i], allowed[i]). Unrolled, that is the least of: what was used at
-    first and all that was wanted up to i; and, for each k <= i, what was allowed at k and all that was wanted
-    after k. With total = cumsum(wanted): min(used + total[i], allowed[k] + total[i] - total[k])."""
+    Without the loop: used after step i is min(used before + wanted[i], allowed[i]). For example
+
+        wanted         1  1  0  1  1        total, its running sum      1  2  2  3  4
+        allowed        1  1  1  2  2        allowed - total             0 -1 -1 -1 -2
+        used after     1  1  1  2  2        running minimum, with used  0 -1 -1 -1 -2
+
+    where used begins with 0: the running minimum is how many wanted extras were refused so far, negated, so
+    used after = total + running minimum. An extra is admitted where `used` rises: the first and the fourth."""
     total = wanted.cumsum(1)                                                          # (B, M)
     used_after = total + (allowed - total).cummin(1).values.minimum(used)             # (B, M)
     used_before = torch.cat((used, used_after[:, :-1]), 1)
@@ -393,16 +403,15 @@ class Streams:
         self.is_real = owner < T                                                      # (B, N)
         self.count = self.is_real.sum(1, keepdim=True)                                # (B, 1)
         self.is_original = owner != F.pad(owner[:, 1:], (0, 1), value=T)              # (B, N), a token's last
-        # Rotary positions (appendix D): of the q streams of token t, counted from 1, the one with p others to
-        # its right is at t - p/q. Owners never fall, so a binary search finds where the streams of a token
-        # begin and end. (It searches token_number, not owner: that starts as a constant, which torch.compile
-        # cannot search on a GPU.)
+        # Rotary positions (appendix D): if q streams belong to token number t, the one with p others of them to
+        # its right is at t - p/q. Token numbers never fall along a row, so a binary search finds where the
+        # streams of a token begin and end.
         begin = torch.searchsorted(self.token_number, self.token_number)
         end = torch.searchsorted(self.token_number, self.token_number, right=True)
         place = torch.arange(owner.size(1), device=owner.device)
         position = self.token_number - (end - 1 - place) / (end - begin)              # (B, N)
         self.move_to(position, frequency)
-        self.score_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)  # (2, B, 1, N)
+        self.logp_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)  # (2, B, 1, N)
 
     def move_to(self, position, frequency):
         """Put the streams at these rotary positions (B, N); frequency (d/2,)."""
@@ -430,22 +439,22 @@ class CausalSelfAttention(nn.Module):
         y_i       = sum over j of weight_ij P_j v_j
 
     so log P_j is scaled as well. To add it, the last channel of each head is given up: there q is 1 and k is
-    log P, so any attention kernel serves. This happens after the rotation, as in the authors' code, so the
-    channel that was rotated together with the last one is left without its partner."""
+    log P, so any attention kernel serves. As in the authors' code this happens after the rotation, so one half
+    of a rotated pair is overwritten."""
 
     def __init__(self, config, layer):
         super().__init__()
         D = config.n_embd
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.has_scores = len(config.fork_layers) > 0
+        self.has_forks = len(config.fork_layers) > 0
         self.qkv = init_matrix(nn.Linear(D, 3 * D, bias=False), config)
         self.proj = init_matrix(nn.Linear(D, D, bias=False), config, added=2 * config.n_layer)
 
     def forward(self, x, streams, slots):
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, N, d)
         qk, v = streams.rotate(qkv[:2]).type_as(qkv), qkv[2]
-        if self.has_scores:
-            qk[..., -1] = streams.score_channel
+        if self.has_forks:
+            qk[..., -1] = streams.logp_channel
             v = (v * streams.P.unsqueeze(1)).type_as(v)
         (q, k), mask = qk, None                                                       # (B, H, N, d)
         if slots is not None:  # the keys and values of earlier calls too
@@ -510,7 +519,7 @@ class Cache:
                    for segment in segment_of_block]                                   # (2, B, H, S, d) each
 
     def commit(self, stream_counts, tokens):
-        """Make what a call has written count: stream_counts (segments, B, 1), of so many tokens a row."""
+        """Make what a call has written count: stream_counts (segments, B, 1), and `tokens` tokens in each row."""
         self.filled += stream_counts
         self.length += tokens
 
@@ -527,8 +536,8 @@ class Cache:
 
 class Slots:
     """The slots of a cache that the streams of a call take in one segment: the next free ones of each row.
-    Padding takes slots as well, behind the row's streams, where nothing attends to it and the next call
-    overwrites it. It may not fit in, and then it goes to the last slot."""
+    Padding is written behind the row's streams, where nothing attends to it and the next call overwrites it;
+    what would be beyond the end goes to the last slot, which no stream ever takes."""
 
     def __init__(self, cache, segment, streams):
         self.cache, every_slot = cache, cache.slot_numbers[segment]                   # (S,)

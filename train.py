@@ -32,8 +32,8 @@ FREE = ("dataset", "out_dir", "max_iters", "eval_interval", "log_interval", "gra
 @dataclasses.dataclass
 class Settings:
     dataset: str = knob("shakespeare", "shakespeare, urns, a text's path, or a folder of .bin files")
-    vocab_size: int = knob(None, "tokens of a folder's vocabulary; above 65,536 its .bin files are read as uint32, else as "
-                           "uint16; default: meta.pkl's", "int", low=1)
+    vocab_size: int = knob(None, "tokens of a folder's vocabulary; above 65,536 its .bin files are read as uint32, else "
+                           "as uint16; default: meta.pkl's", "int", low=1)
     out_dir: str = knob("out", "where ckpt.pt, best.pt, log.csv and loss.png go")
     resume: bool = knob(False, "go on from out_dir's ckpt.pt, with its flags; these may differ: " + ", ".join(FREE))
     start_over: bool = knob(False, "replace the run in out_dir, once the new one has its first checkpoint")
@@ -50,13 +50,12 @@ class Settings:
     max_iters: int = knob(3000, "steps", low=0)
     optimizer: str = knob("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all",
                           choices=("muon", "adamw"))
-    learning_rate: float = knob(4e-3, "highest learning rate of AdamW", low=0)
-    muon_learning_rate: float = knob(1e-2, "highest learning rate of Muon", low=0)
-    min_lr_share: float = knob(0.05, "what the decay leaves of the learning rates", low=0)
+    learning_rate: float = knob(8e-3, "highest learning rate, of both optimizers; for AdamW alone 4e-3 is better", low=0)
+    min_lr_share: float = knob(0.01, "what the decay leaves of the learning rate", low=0)
     warmup_iters: int = knob(100, "steps of linear warm-up", low=0)
-    lr_decay_iters: int = knob(None, "steps until the decay of the learning rates ends, after which they stay as they are; "
-                               "default: max_iters as first given, so a run whose max_iters is raised later goes on at "
-                               "the lowest rates", "int", low=1)
+    lr_decay_iters: int = knob(None, "steps until the decay ends, after which the rate stays as it is; default: max_iters "
+                               "as first given, so a run whose max_iters is raised later goes on at the lowest rate",
+                               "int", low=1)
     weight_decay: float = knob(0.1, "of matrices only", low=0)
     beta1: float = knob(0.9, "AdamW's", low=0)
     beta2: float = knob(0.99, "AdamW's", low=0)
@@ -85,16 +84,16 @@ def make_optimizers(model, s, device):
     if not for_muon:
         return [adamw]
     # match_rms_adamw: an update of Muon is as large as one of AdamW at the same rate, whatever the matrix's shape.
-    return [adamw, torch.optim.Muon(for_muon, lr=s.muon_learning_rate, weight_decay=s.weight_decay, momentum=0.95,
+    return [adamw, torch.optim.Muon(for_muon, lr=s.learning_rate, weight_decay=s.weight_decay, momentum=0.9,
                                     adjust_lr_fn="match_rms_adamw")]
 
 
-def rate_share(step, s):
-    """Which share of the highest learning rates a step has: a linear warm-up, then a cosine down to min_lr_share."""
+def learning_rate(step, s):
+    """Of both optimizers: a linear warm-up, then a straight line down to min_lr_share of the highest rate."""
     if step < s.warmup_iters:
-        return (step + 1) / (s.warmup_iters + 1)
-    done = (step - s.warmup_iters) / max(1, s.lr_decay_iters - s.warmup_iters)
-    return s.min_lr_share + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (1 - s.min_lr_share)
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    done = min(1.0, (step - s.warmup_iters) / max(1, s.lr_decay_iters - s.warmup_iters))
+    return s.learning_rate * (1 - (1 - s.min_lr_share) * done)
 
 
 def measure_bars(model, idx, budgets):
@@ -194,7 +193,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * rate_share(self.step, s)
+                group["lr"] = learning_rate(self.step, s)
             optimizer.step()
         self.step, self.val_loss = self.step + 1, None
         return loss, trace[-1][0]
@@ -307,7 +306,7 @@ def tell_progress(trainer, folder, tell, loss, owner, seconds):
     left = round(seconds * (s.max_iters - trainer.step))
     if folder:
         folder.write_row(dict(step=trainer.step, train_loss=round(loss, 6), ms_per_step=round(seconds * 1000, 1),
-                              learning_rate=s.learning_rate * rate_share(trainer.step - 1, s),
+                              learning_rate=learning_rate(trainer.step - 1, s),
                               tokens_per_s=tokens_per_s, streams_per_token=round(streams, 3)))
     tell(f"step {trainer.step:6d}   loss {loss:7.4f}   {seconds * 1000:8.1f} ms   {tokens_per_s:9,} tokens/s   "
          f"{streams:5.3f} streams/token   ETA {left // 60:3d}:{left % 60:02d}")
@@ -350,8 +349,8 @@ def main(argv):
         if trainer.rank == 0:
             folder = RunFolder(Path(s.out_dir), LOG_COLUMNS, saved and saved["step"], s.start_over)
             if s.resume and s.max_iters > s.lr_decay_iters:
-                say(f"from step {s.lr_decay_iters} on, where their decay ends, the learning rates stay at "
-                    f"{s.min_lr_share:g} of the highest")
+                say(f"from step {s.lr_decay_iters} on, where its decay ends, the learning rate stays at "
+                    f"{s.learning_rate * s.min_lr_share:g}")
         with Stop() as stop:
             train(trainer, folder, stop)
             wait_for_all()                                            # gloo may abort one that leaves first

@@ -95,9 +95,8 @@ COLORS = {GPT: "#000000", "deeper GPT": "#000000", "wider GPT": "#000000",
 
 @dataclasses.dataclass
 class Preset:
-    """flags of train.py for every arm; the arms, () = all; how many seeds, from 0; learning rates in the order tried
-    (AdamW's; Muon's, where it is used, is 2.5 times that); the steps to evaluate after, the last one being the run's
-    end."""
+    """flags of train.py for every arm; the arms, () = all; how many seeds, from 0; learning rates in the order tried;
+    the steps to evaluate after, the last one being the run's end."""
     flags: str
     arms: tuple
     seeds: int
@@ -142,7 +141,7 @@ class Job:
         p = PRESETS[self.preset]
         own = ARMS[self.arm].flags.format(deeper=p.deeper, wider=p.wider)
         return (f"{p.flags} {own} --max_iters {p.marks[-1]} --learning_rate {self.rate} "
-                f"--muon_learning_rate {2.5 * self.rate:g} --seed {self.seed}")
+                f"--seed {self.seed}")
 
     def path(self):
         """Of its JSON; two presets whose flags agree share a run."""

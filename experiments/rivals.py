@@ -320,7 +320,7 @@ class PonderLM2(Rival):
     def states(self, x, streams, log_w, cache):
         """The normed final states (B, N, D) of slots that are fed x (B, N, D); log_w (B, N)."""
         root = math.sqrt(self.config.n_embd // self.config.n_head)                  # attention divides by it
-        streams.score_channel = torch.stack((torch.ones_like(log_w), root * log_w)).unsqueeze(2)
+        streams.logp_channel = torch.stack((torch.ones_like(log_w), root * log_w)).unsqueeze(2)
         return self.ln_f(self.run(x, streams, cache))
 
     def read(self, idx, n, cache, trace):
@@ -388,7 +388,7 @@ class PonderLM3(Charging, PonderLM2):
         super().__init__(config)
         self.router = init_matrix(nn.Linear(config.n_embd, int(config.budget), bias=False), config)
         for block in self.blocks:
-            block.attn.has_scores = True                                            # log w is put where log P is
+            block.attn.has_forks = True                                            # log w is put where log P is
 
     def gates(self, h, n):
         log_share = F.linear(h, self.router.weight[:n]).float().log_softmax(-1)     # (B, T, n)
@@ -442,7 +442,7 @@ class NoAttenuation(Tinybubbles):
         x, streams, slots = args
         flat, logp = copy.copy(streams), torch.where(streams.is_real, 0.0, PADDING).to(streams.logp)
         flat.P = logp.exp().unsqueeze(-1)
-        flat.score_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)
+        flat.logp_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)
         return x, flat, slots
 
 

@@ -130,7 +130,7 @@ def test_a_trained_model_spends_what_it_is_asked_to(fork_layers, budgets):
 def test_a_loop_in_nanogpts_style_with_accumulation_keeps_the_budget():
     """Eight batches a step: each moves the bars a little, and none sends them astray."""
     model = train_to_recall((1, 2), (2.0,), steps=60, accumulation=8, batch=64)
-    assert bars(model)[:, 4].min() > -20 and bars(model)[:, 4].max() < 0
+    assert bars(model)[:, 4].min() >= -40 and bars(model)[:, 4].max() < 0            # -40: all extras are wanted
     assert 0.87 * 2 <= spent(model, 2.0) <= 2
 
 

@@ -257,12 +257,12 @@ def test_learning_rates_stay_at_their_lowest_when_max_iters_is_raised(capsys):
     train_here("--max_iters", "12")
     capsys.readouterr()
     go_on("--max_iters", "20")
-    assert "from step 12 on, where their decay ends, the learning rates stay at 0.05 of the highest" in (
+    assert "from step 12 on, where its decay ends, the learning rate stays at 8e-05" in (
         capsys.readouterr().out)
     rows = np.genfromtxt("out/log.csv", delimiter=",", names=True)
-    assert rows["learning_rate"][rows["step"] > 12].tolist() == pytest.approx([2e-4, np.nan, 2e-4, np.nan], nan_ok=True)
+    assert rows["learning_rate"][rows["step"] > 12].tolist() == pytest.approx([8e-5, np.nan, 8e-5, np.nan], nan_ok=True)
     shown = exits(capsys, train.main, ["--help"], code=0).out.split()
-    assert "raised later goes on at the lowest rates" in " ".join(shown)
+    assert "raised later goes on at the lowest rate" in " ".join(shown)
 
 
 def test_the_summary_names_a_loss_of_the_shortest_run_and_only_files_that_are_there(capsys):
@@ -454,9 +454,8 @@ def test_a_step_takes_the_learning_rate_of_its_place_in_the_schedule():
     for step in (0, 3, 12, 19):
         one.step = step
         one.train_step()
-        share = train.rate_share(step, one.s)
-        assert [{group["lr"] for group in optimizer.param_groups} for optimizer in one.optimizers] == [
-            {4e-3 * share}, {1e-2 * share}]
+        rate = train.learning_rate(step, one.s)
+        assert [{group["lr"] for group in optimizer.param_groups} for optimizer in one.optimizers] == [{rate}, {rate}]
 
 
 def test_the_gradient_is_clipped_to_its_norm_and_not_at_all_at_0():
@@ -476,7 +475,7 @@ def test_windows_are_drawn_from_the_first_token_to_the_last():
 
 def test_dropout_differs_from_step_to_step_and_from_batch_to_batch(monkeypatch):
     """The same batch always, weights that stand still: only dropout can change the loss."""
-    flags = "--dropout 0.5 --learning_rate 0 --muon_learning_rate 0 --budget 1".split()
+    flags = "--dropout 0.5 --learning_rate 0 --budget 1".split()
     one, two = trainer(*flags), trainer(*flags, "--gradient_accumulation_steps", "2")
     batch = one.data.train_batch(np.random.default_rng(0))
     monkeypatch.setattr(Text, "train_batch", lambda self, rng: batch)

@@ -27,7 +27,7 @@ def check_finite(loss, step, folder):
     if not math.isfinite(loss):
         kept = Path(folder) / "ckpt.pt"
         print(f"the loss at step {step} is {loss}; {f'{kept} is kept' if kept.exists() else 'nothing was saved yet'}; "
-              "try a lower --learning_rate or --muon_learning_rate", file=sys.stderr)
+              "try a lower --learning_rate", file=sys.stderr)
         raise SystemExit(1)
     return loss
 
