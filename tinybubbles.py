@@ -23,7 +23,8 @@ Words used here, each with one meaning:
     budget r    how many streams a token may own on average (in the picture 1.5)
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
     bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a
-                list. Training at a budget measures its bars. A budget without one uses the next higher budget's
+                list. Training at a budget measures its bars (or a forward pass in train mode, without a step of an
+                optimizer). A budget that has none uses the bar of the next higher budget that has one
     segment     the blocks between two fork layers, in which the streams stay the same
 
 Four things that are easy to get wrong:
@@ -251,7 +252,7 @@ def init_matrix(module, config, added=1):
 class Fork(nn.Module):
     """A fork layer (section 2.2): of N streams it makes 2N candidates, and lets some of them survive.
     Candidates are kept as pairs, (B, N, 2): of each stream a new fork, and the stream itself."""
-    originals_fade = False  # originals keep P = 1, so at a budget of 1 this is a GPT with one channel per head less
+    originals_fade = False  # originals keep P = 1: at a budget of 1 this is a GPT, but for one channel of each head
 
     def __init__(self, config):
         super().__init__()
