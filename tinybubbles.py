@@ -23,9 +23,9 @@ Words used here, each with one meaning:
     budget r    how many streams a token may own on average (in the picture 1.5)
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
     bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a
-                list. Training at a budget measures its bars (or a forward pass in train mode, without a step of an
-                optimizer). A budget that has none uses the bar of the next higher budget that has one
-    segment     the blocks between two fork layers, in which the streams stay the same
+                list. It is measured by the forward passes that train at its budget. A budget that was never
+                trained uses the bar of the next higher budget that was
+    segment     the blocks from one fork layer to the next, in which the streams stay the same
 
 Four things that are easy to get wrong:
     1. Streams attend causally in the order in which they stand. A fork stands left of its parent, so the parent
@@ -260,7 +260,7 @@ class Fork(nn.Module):
         self.ln = nn.LayerNorm(D, bias=False)
         self.score = init_matrix(nn.Linear(D, 2, bias=False), config)  # for each of a pair
         self.embedding = nn.Parameter(torch.randn(D) / math.sqrt(D))   # tells a new fork from its parent
-        # The budgets are saved with their bars, so that no bar is ever read as another budget's.
+        # The budgets are saved with their bars: a state dict from another list of budgets brings its own.
         self.register_buffer("budgets", torch.tensor(config.bar_budgets))             # (R,), rising
         self.register_buffer("bar", torch.full_like(self.budgets, NEVER_MEASURED))    # (R,), log P
         self.lowest_logp = MIN_SCORE * len(config.fork_layers)                        # after the lowest score in each
@@ -307,7 +307,7 @@ class Fork(nn.Module):
 
     def select(self, logp, streams, budget, earlier_extras, learns):
         """The causal rule: which candidates survive, (B, N, 2), given their logp (B, N, 2). Padding does not.
-        learns: whether this is a forward pass of training, which moves the bar."""
+        learns: whether this forward pass trains, and so moves the bar."""
         is_original = kept_originals(streams)                                         # (B, N, 2)
         is_extra = streams.is_real.unsqueeze(-1) & ~is_original
         wanted = is_extra & (logp >= self.bar_for(budget))                            # (B, N, 2)
@@ -335,16 +335,15 @@ class Fork(nn.Module):
         """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a tenth
         of the way, or all of it the first time. It is a running statistic, as the mean in BatchNorm is. Each
         forward pass that trains moves it once, after the choice is made; no other pass does, so neither
-        validation without gradients nor sampling, even in train mode. If the budget is not in the list, the
+        validation without gradients nor sampling does, whatever mode the model is in. If the budget is not in the list, the
         next higher one's bar moves."""
         bar_index = (self.budgets < budget - ROUNDING).sum(0, keepdim=True)           # (1,)
         r = self.budgets.gather(0, bar_index)
         count = ((r - 1) * tokens).round().long()                                     # (1,), extras to be had
         best_first = logp.masked_fill(~is_extra, PADDING).flatten().sort(descending=True).values
         reached = best_first.gather(0, (count - 1).clamp(0, len(best_first) - 1))
-        # A little lower than what they reach, as the extra that sets the bar must not fall under it by
-        # rounding. Where all extras may be had, all are wanted. (At r = 1 none may, whatever the bar is: the
-        # quota sees to it.)
+        # 1e-3 lower, so that if the same extras come again, rounding does not put them under the bar. Where all extras
+        # may be had, all are wanted. (At r = 1 none may be had, but that is the quota's business.)
         target = torch.where(count >= is_extra.sum(), self.lowest_logp, reached - 1e-3)
         bar = self.bar.gather(0, bar_index)
         self.bar.scatter_(0, bar_index, torch.where(bar == NEVER_MEASURED, target, bar.lerp(target, 0.1)))
@@ -376,14 +375,12 @@ def admit(wanted, allowed, used):
             admitted[i] = wanted[i] and used < allowed[i]
             used = used + admitted[i]
 
-    Without the loop: used after step i is min(used before + wanted[i], allowed[i]). For example
+    In the loop, used after i = min(used before i + wanted[i], allowed[i]). Unrolled, that is
 
-        wanted         1  1  0  1  1        total, its running sum      1  2  2  3  4
-        allowed        1  1  1  2  2        allowed - total             0 -1 -1 -1 -2
-        used after     1  1  1  2  2        running minimum, with used  0 -1 -1 -1 -2
+        used after i = total[i] + min(used at first, the least of allowed[k] - total[k] over all k <= i)
 
-    where used begins with 0: the running minimum is how many wanted extras were refused so far, negated, so
-    used after = total + running minimum. An extra is admitted where `used` rises: the first and the fourth."""
+    where total is the running sum of wanted. The second term is what was used at first, less the extras that have been
+    refused so far. An extra is admitted where `used` rises."""
     total = wanted.cumsum(1)                                                          # (B, M)
     used_after = total + (allowed - total).cummin(1).values.minimum(used)             # (B, M)
     used_before = torch.cat((used, used_after[:, :-1]), 1)
