@@ -252,7 +252,7 @@ def init_matrix(module, config, added=1):
 class Fork(nn.Module):
     """A fork layer (section 2.2): of N streams it makes 2N candidates, and lets some of them survive.
     Candidates are kept as pairs, (B, N, 2): of each stream a new fork, and the stream itself."""
-    originals_fade = False  # originals keep P = 1: at a budget of 1 this is a GPT, but for one channel of each head
+    originals_fade = False  # originals keep P = 1, which at a budget of 1 leaves a plain GPT
 
     def __init__(self, config):
         super().__init__()
@@ -260,7 +260,8 @@ class Fork(nn.Module):
         self.ln = nn.LayerNorm(D, bias=False)
         self.score = init_matrix(nn.Linear(D, 2, bias=False), config)  # for each of a pair
         self.embedding = nn.Parameter(torch.randn(D) / math.sqrt(D))   # tells a new fork from its parent
-        # The budgets are saved with their bars: a state dict from another list of budgets brings its own.
+        # The budgets are saved with their bars: a state dict from another list of as many budgets brings its
+        # own.
         self.register_buffer("budgets", torch.tensor(config.bar_budgets))             # (R,), rising
         self.register_buffer("bar", torch.full_like(self.budgets, NEVER_MEASURED))    # (R,), log P
         self.lowest_logp = MIN_SCORE * len(config.fork_layers)                        # after the lowest score in each
@@ -296,14 +297,15 @@ class Fork(nn.Module):
         return x, owner, logp
 
     def width(self, survives, T, budget, cached):
-        """How many streams to keep of each row: as many as the widest row has. But to look at the data makes a
-        GPU wait, and a shape that depends on it cannot be compiled. So where that matters, there is room to
-        spare."""
+        """How many columns the survivors get, at least as many as the widest row needs. To count them makes a
+        GPU wait, and a shape that depends on the data cannot be compiled. So without a cache it is what the
+        quota allows. With a cache that is no limit, as these tokens may use room that earlier ones left; so
+        there we do count, and a compiled step takes all candidates."""
         if not cached:
-            return min(survives.size(1), quota(budget, T))  # a text that is read at once owns no more than its quota
+            return min(survives.size(1), quota(budget, T))
         if torch.compiler.is_compiling():
-            return survives.size(1)                         # every candidate
-        return int(survives.sum(1).max())                   # the widest row
+            return survives.size(1)
+        return int(survives.sum(1).max())
 
     def select(self, logp, streams, budget, earlier_extras, learns):
         """The causal rule: which candidates survive, (B, N, 2), given their logp (B, N, 2). Padding does not.
@@ -335,15 +337,17 @@ class Fork(nn.Module):
         """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a tenth
         of the way, or all of it the first time. It is a running statistic, as the mean in BatchNorm is. Each
         forward pass that trains moves it once, after the choice is made; no other pass does, so neither
-        validation without gradients nor sampling does, whatever mode the model is in. If the budget is not in the list, the
-        next higher one's bar moves."""
+        validation without gradients nor sampling does, whatever mode the model is in. If the budget is not in
+        the list, the next higher one's bar moves."""
         bar_index = (self.budgets < budget - ROUNDING).sum(0, keepdim=True)           # (1,)
         r = self.budgets.gather(0, bar_index)
         count = ((r - 1) * tokens).round().long()                                     # (1,), extras to be had
         best_first = logp.masked_fill(~is_extra, PADDING).flatten().sort(descending=True).values
         reached = best_first.gather(0, (count - 1).clamp(0, len(best_first) - 1))
-        # 1e-3 lower, so that if the same extras come again, rounding does not put them under the bar. Where all extras
-        # may be had, all are wanted. (At r = 1 none may be had, but that is the quota's business.)
+        # 1e-3 lower, so that if the same extras come again, rounding does not put them under the bar. If the
+        # budget has room for every extra of the batch, the bar becomes the lowest possible log P, which every
+        # extra reaches. (At r = 1 there is room for none, and the best extra sets the bar: that is without
+        # effect, as the quota refuses it.)
         target = torch.where(count >= is_extra.sum(), self.lowest_logp, reached - 1e-3)
         bar = self.bar.gather(0, bar_index)
         self.bar.scatter_(0, bar_index, torch.where(bar == NEVER_MEASURED, target, bar.lerp(target, 0.1)))
@@ -379,8 +383,8 @@ def admit(wanted, allowed, used):
 
         used after i = total[i] + min(used at first, the least of allowed[k] - total[k] over all k <= i)
 
-    where total is the running sum of wanted. The second term is what was used at first, less the extras that have been
-    refused so far. An extra is admitted where `used` rises."""
+    where total is the running sum of wanted. The second term is what was used at first, less the extras that
+    have been refused so far. An extra is admitted where `used` rises."""
     total = wanted.cumsum(1)                                                          # (B, M)
     used_after = total + (allowed - total).cummin(1).values.minimum(used)             # (B, M)
     used_before = torch.cat((used, used_after[:, :-1]), 1)
