@@ -336,9 +336,9 @@ class Fork(nn.Module):
     def move_bar(self, budget, logp, is_extra, tokens):
         """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a tenth
         of the way, or all of it the first time. It is a running statistic, as the mean in BatchNorm is. Each
-        forward pass that trains moves it once, after the choice is made; no other pass does, so neither
-        validation without gradients nor sampling does, whatever mode the model is in. If the budget is not in
-        the list, the next higher one's bar moves."""
+        forward pass that trains moves it once, after the choice is made. No other pass does: neither validation
+        without gradients nor sampling, whatever mode the model is in. If the budget is not in the list, the
+        next higher one's bar moves."""
         bar_index = (self.budgets < budget - ROUNDING).sum(0, keepdim=True)           # (1,)
         r = self.budgets.gather(0, bar_index)
         count = ((r - 1) * tokens).round().long()                                     # (1,), extras to be had
