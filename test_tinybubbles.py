@@ -436,6 +436,8 @@ def test_a_call_that_fails_in_any_block_leaves_the_cache_as_it_was(monkeypatch):
             with pytest.raises(ZeroDivisionError):
                 model(idx[:, 5:9], cache=cache)
         assert cache.length == 5
+    with pytest.raises(IndexError):
+        model(idx[:, 5:9], idx[:, 5:9] + 300, cache=cache)            # targets that are no tokens
     parts = [model(idx[:, 5:9], cache=cache)[0], model(idx[:, 9:], cache=cache)[0]]
     assert (torch.cat(parts, 1) - full[:, 5:]).abs().max() < 2e-5
 

@@ -78,9 +78,9 @@ class Config:
         if self.n_embd % (2 * self.n_head):  # rotary positions turn the channels of a head in pairs
             raise ValueError(f"n_embd must be a multiple of 2 n_head = {2 * self.n_head}, not {self.n_embd}")
         differ = len(set(self.fork_layers)) == len(self.fork_layers)
-        if not differ or not set(self.fork_layers) <= set(range(self.n_layer)):
-            raise ValueError(
-                f"fork_layers must differ and be from 0 to {self.n_layer - 1}, not {self.fork_layers!r}")
+        if not differ or any(type(f) is not int or not 0 <= f < self.n_layer for f in self.fork_layers):
+            raise ValueError(f"fork_layers must be different whole numbers from 0 to {self.n_layer - 1}, not "
+                             f"{self.fork_layers!r}")
         self.fork_layers = tuple(sorted(self.fork_layers))
         self.budget = check_budget(self.budget)
         # A fork layer can at most double the streams, so no higher budget than `most` can be spent.
@@ -127,12 +127,13 @@ class Tinybubbles(nn.Module):
         Raises ValueError for what `check` refuses."""
         budget = self.check(idx, targets, budget, cache)
         logits, stream_counts = self.read(idx, budget, cache, trace)
+        loss = None
+        if targets is not None:
+            total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+            loss = total / (targets != -1).sum().clamp(min=1)
         if cache is not None:
             cache.commit(stream_counts, idx.size(1))
-        if targets is None:
-            return logits, None
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
-        return logits, total / (targets != -1).sum().clamp(min=1)
+        return logits, loss
 
     def read(self, idx, budget, cache, trace):
         """The method: embed, then fork and run the blocks, then merge. Returns the logits (B, T, V), and the

@@ -34,11 +34,12 @@ VERSE = "Tomorrow, and tomorrow, and tomorrow,\nCreeps in this petty pace from d
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """A working folder with a text in it; the signals' handlers are put back afterwards."""
+    """A working folder with a text in it, and the usual handlers of signals, which are put back afterwards."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(VERSE * 20, "utf-8")
     torch.set_num_threads(1)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}    # nohup ignores some
     yield tmp_path
     for number, handler in before.items():
         signal.signal(number, handler)
