@@ -97,10 +97,9 @@ def learning_rate(step, s):
 
 
 def measure_bars(model, idx, budgets):
-    """Set the bars of `budgets` as the texts idx (B, T) say. What a fork layer is offered depends on the bars of those
-    before it, so the texts are read once for each. A bar that was never measured is set all the way by a forward pass
-    of training; so the layer, and no other part of the model, is put into train mode. The paper's model has no
-    bars."""
+    """Set the bars of `budgets` as the texts idx (B, T) say. A fork layer's bar depends on what the fork layers before it
+    have chosen, so the layers are measured in their order, each by a pass of its own: its bar is forgotten, and a
+    forward pass in which this layer alone is in train mode sets it anew. The paper's model has no bars."""
     was_training = model.training
     model.eval()
     for budget in budgets if model.causal else ():
@@ -121,7 +120,7 @@ class Trainer:
         self.s = s
         self.rank, self.world, self.device = join_processes(choose_device(s.device))
         self.bfloat16 = s.dtype == "bfloat16" or s.dtype == "auto" and self.device.type == "cuda"
-        self.batches = self.world * s.gradient_accumulation_steps                    # of a step
+        self.batches = self.world * s.gradient_accumulation_steps                    # per step
         self.data = in_turn(lambda: make_data(s), self.rank, self.world)             # the first one fetches it for all
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}
         shared |= dict(budget=max(s.budget), bar_budgets=Config.bar_budgets + s.budget, vocab_size=self.data.vocab_size)
@@ -215,11 +214,13 @@ class Trainer:
 
     def measure_other_bars(self):
         """Set the bars of the budgets that are not trained, by the same few batches in every process."""
-        if self.world > 1:                                            # the first process's bars are everybody's, as in
-            for buffer in self.model.buffers():                       # DDP; but since the last step each moved its own
+        # The first process's bars are everybody's, as in DDP; but since the last step each has moved its own.
+        if self.world > 1:
+            for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
-        most = 2.0 ** len(self.model.forks)
-        others = {r for r in self.model.config.bar_budgets if r <= most} - {min(r, most) for r in self.s.budget}
+        most = 2.0 ** len(self.model.forks)                           # n fork layers make at most 2**n streams of one
+        trained = {min(budget, most) for budget in self.s.budget}
+        others = {budget for budget in self.model.config.bar_budgets if budget <= most} - trained
         texts = [self.data.train_batch(self.random(number, purpose=2))[0] for number in range(4)]
         measure_bars(self.model, torch.from_numpy(np.concatenate(texts)).to(self.device), others)
 
@@ -232,7 +233,7 @@ def train(trainer, folder, stop):
     tell(f"{n_params:,} parameters on {trainer.device} in {'bfloat16' if trainer.bfloat16 else 'float32'}, "
          f"{torch.get_num_threads()} threads; {trainer.data.size}; steps {trainer.step} to {s.max_iters}")
     losses, train_loss, began, clock = [], None, time.perf_counter(), time.perf_counter()
-    while True:
+    while True:  # what follows a step comes first: a resumed run may have to evaluate before its next step
         # Evaluate, and save, at every eval_interval and at the end.
         is_last = trainer.step == s.max_iters
         if trainer.val_loss is None and (is_last or trainer.step > 0 and trainer.step % s.eval_interval == 0):
@@ -240,16 +241,16 @@ def train(trainer, folder, stop):
             evaluate_and_save(trainer, folder, stop, tell, is_last)
             clock = time.perf_counter()
 
-        # Stop, if it is the end or somebody asks for it.
-        is_evaluated = trainer.val_loss is not None
-        if stop.agreed() and not (is_last and is_evaluated):
+        # Stop at the end, or if somebody asks for it: then what has just been evaluated is saved already.
+        is_saved = trainer.val_loss is not None
+        if is_last and is_saved:
+            break
+        if stop.agreed():
             check_losses(trainer, losses)
-            if folder and not is_evaluated:                           # else it has just been saved
+            if folder and not is_saved:
                 folder.save(trainer.checkpoint(), is_best=False)
             return tell(f"stopped after {trainer.step} steps; to go on: python train.py --resume --out_dir "
                         + shlex.quote(s.out_dir))
-        if is_last:
-            break
 
         # Train one step, and say how it goes. The loss is looked at now and then only, as that waits for a GPU.
         loss, owner = trainer.train_step()
