@@ -34,8 +34,8 @@ Four things that are easy to get wrong:
        be spent on whatever comes first, so there is the bar, which about r - 1 extras per token reach. An extra
        below it is refused even if there is room, and the room stays for later extras that reach it.
     3. Room is given out from left to right, stream by stream; each stream that would stay is served just before its
-       own new fork. So a new fork never takes the room of its parent (but it outlives a parent that misses the
-       bar), and no later token changes an earlier choice.
+       own new fork. So a new fork never takes the room of its parent (though it can
+       survive when its parent misses the bar and is deleted), and no later token changes an earlier choice.
     4. The loss teaches the scores through P alone. A fork that is not chosen has no P in any block, and so its
        score gets no gradient.
 
@@ -158,11 +158,12 @@ class Tinybubbles(nn.Module):
             x = block(x, streams, slots)                                              # (B, N, D)
             if trace is not None:
                 trace.append((torch.where(streams.is_real, streams.token_number - 1, -1), streams.logp))
-        return self.predict(x, streams), torch.stack([segment.count for segment in segments])
+        return self.predict(x, streams), torch.stack([s.count for s in segments])
 
     def predict(self, x, streams):
         """Merge, and predict: x (B, N, D) becomes the logits (B, T, V). As in the authors' code, x_t is the sum
-        of P_j x_j over the streams j of token t, which is not divided by the sum of their P_j."""
+        of P_j x_j over the streams j of token t. It is not divided by the sum of their P_j: the norm in the head
+        takes the scale away."""
         return self.head(streams.sum_per_token(streams.P * x))
 
     def head(self, x):
@@ -261,8 +262,8 @@ class Fork(nn.Module):
         self.ln = nn.LayerNorm(D, bias=False)
         self.score = init_matrix(nn.Linear(D, 2, bias=False), config)  # for each of a pair
         self.embedding = nn.Parameter(torch.randn(D) / math.sqrt(D))   # tells a new fork from its parent
-        # The budgets are saved with their bars: a state dict from another list of as many budgets brings its
-        # own.
+        # The budgets are saved beside their bars, so a state dict with another list of the same length replaces
+        # both.
         self.register_buffer("budgets", torch.tensor(config.bar_budgets))             # (R,), rising
         self.register_buffer("bar", torch.full_like(self.budgets, NEVER_MEASURED))    # (R,), log P
         self.lowest_logp = MIN_SCORE * len(config.fork_layers)                        # after the lowest score in each
@@ -380,12 +381,12 @@ def admit(wanted, allowed, used):
             admitted[i] = wanted[i] and used < allowed[i]
             used = used + admitted[i]
 
-    In the loop, used after i = min(used before i + wanted[i], allowed[i]). Unrolled, that is
+    In the loop, used after i = min(used before i + wanted[i], allowed[i]). With total, the running sum of wanted,
+    subtracted from both sides, that is a running minimum:
 
-        used after i = total[i] + min(used at first, the least of allowed[k] - total[k] over all k <= i)
+        used - total after i = min(used - total before i, allowed[i] - total[i])
 
-    where total is the running sum of wanted. The second term is what was used at first, less the extras that
-    have been refused so far. An extra is admitted where `used` rises."""
+    An extra is admitted where `used` rises."""
     total = wanted.cumsum(1)                                                          # (B, M)
     used_after = total + (allowed - total).cummin(1).values.minimum(used)             # (B, M)
     used_before = torch.cat((used, used_after[:, :-1]), 1)
@@ -442,8 +443,9 @@ class CausalSelfAttention(nn.Module):
         y_i       = sum over j of weight_ij P_j v_j
 
     so log P_j is scaled as well. To add it, the last channel of each head is given up: there q is 1 and k is
-    log P, so any attention kernel serves. As in the authors' code this happens after the rotation, so one half
-    of a rotated pair is overwritten."""
+    log P, so any attention kernel serves. As in the authors' code this happens after the rotation. It overwrites
+    one half of a rotated pair, the one that turns most slowly, so the other half tells a little of the absolute
+    position."""
 
     def __init__(self, config, layer):
         super().__init__()
