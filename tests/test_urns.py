@@ -67,14 +67,14 @@ def test_the_grade_is_the_expected_loss_above_the_least():
 def test_forks_at_the_hard_tokens_lower_their_loss_where_streams_are_mixed():
     """It shows that forks can pay: put by hand at the hard tokens, each stream predicting for itself. It does not show
     that a model learns to put them there; trained by the loss alone it does not."""
-    flags = ("--dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 --batch_size 32 --eval_iters 20 --device cpu "
-             "--budget 1.5 --max_iters 700 --warmup_iters 50 --learning_rate 16e-3").split()
+    flags = ("--dataset urns --block_size 16 --n_layer 2 --n_head 1 --n_embd 8 --batch_size 32 --eval_iters 20 "
+             "--device cpu --budget 1.5 --max_iters 1000 --warmup_iters 50 --optimizer adamw --learning_rate 16e-3").split()
     torch.set_num_threads(1)
     losses, streams = [], []
     for fork_layers, kind in (("none", Tinybubbles), ("0,1", HandMixture)):
         chosen = read_flags(train.Settings, [*flags, "--fork_layers", fork_layers], "")
         trainer = train.Trainer(chosen, make=lambda config, paper: kind(config))
-        for _ in range(700):
+        for _ in range(1000):
             trainer.train_step()
         (easy, hard), spent, _ = trainer.data.grade(trainer.model.eval(), 1.5, "cpu")
         assert easy < 0.01
