@@ -381,8 +381,8 @@ def admit(wanted, allowed, used):
             admitted[i] = wanted[i] and used < allowed[i]
             used = used + admitted[i]
 
-    In the loop, used after i = min(used before i + wanted[i], allowed[i]). With total, the running sum of wanted,
-    subtracted from both sides, that is a running minimum:
+    In the loop, used after i = min(used before i + wanted[i], allowed[i]). Let total be the running sum of wanted.
+    Subtract total[i], which is total before i + wanted[i], from both sides: a running minimum is left,
 
         used - total after i = min(used - total before i, allowed[i] - total[i])
 
