@@ -23,7 +23,8 @@ Words used here, each with one meaning:
     budget r    how many streams a token may own on average (in the picture 1.5)
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
     bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a
-                list. It is measured by the forward passes that train at its budget. A budget that was never
+                list. It is measured by the forward passes that train at its budget (or at one that is not in
+                the list, and for which this is the next higher). A budget that was never
                 trained uses the bar of the next higher budget that was
     segment     the blocks from one fork layer to the next, in which the streams stay the same
 
@@ -443,9 +444,9 @@ class CausalSelfAttention(nn.Module):
         y_i       = sum over j of weight_ij P_j v_j
 
     so log P_j is scaled as well. To add it, the last channel of each head is given up: there q is 1 and k is
-    log P, so any attention kernel serves. As in the authors' code this happens after the rotation. It overwrites
-    one half of a rotated pair, the one that turns most slowly, so the other half tells a little of the absolute
-    position."""
+    log P, so any attention kernel serves. As in the authors' code this happens after the rotation, so half of one
+    rotated pair is lost, of the pair that turns most slowly. Its other half stays, and half a pair's product
+    depends on both positions, not on their difference alone."""
 
     def __init__(self, config, layer):
         super().__init__()
