@@ -4,8 +4,8 @@ Bubbles beside their rivals: python experiments/compare.py --preset smoke       
 Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at
 the best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped
 goes on from its last checkpoint. Then PRESET.json, .md and .png are written to --results, of whatever is done by then:
-validation loss, its paired difference to the plain GPT, FLOPs as PyTorch counts them, and times, measured in turns.
-What PRESET.json already says is kept: to add an arm or a seed, only that is trained.
+validation loss, its paired difference to the plain GPT, and FLOPs as PyTorch counts them. What PRESET.json already
+says is kept: to add an arm or a seed, only that is trained.
 
 An arm is a line of ON_PLAYS or ON_URNS: flags of train.py, the budgets it is evaluated at, and a class of rivals.py at
 the most.
@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import platform
+import subprocess
 import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,7 +31,6 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from experiments import rivals  # noqa: E402
-from experiments.bench import shortest  # noqa: E402
 from tasks.plays import shakespeare  # noqa: E402
 from tinybubbles import PaperTinybubbles, Tinybubbles  # noqa: E402
 from tools.files import make_folder, write_atomically  # noqa: E402
@@ -42,11 +42,10 @@ from train import Trainer  # noqa: E402
 @dataclasses.dataclass
 class Arm:
     """flags: of train.py, after the preset's; {deeper}, {wider}: the preset's. budgets: to evaluate; the first decides
-    the learning rate. make: the model of a Config, if not Tinybubbles. curve: arms of one curve are joined."""
+    the learning rate. make: the model of a Config, if not Tinybubbles."""
     flags: str
     budgets: tuple = (2,)
     make: object = Tinybubbles
-    curve: str = ""
 
 
 GPT, PLAIN = "plain GPT", "--fork_layers none "
@@ -55,25 +54,18 @@ ON_PLAYS = {
     "deeper GPT": Arm(PLAIN + "--n_layer {deeper}", (1,)),
     "wider GPT": Arm(PLAIN + "--n_embd {wider}", (1,)),
     "copy-2": Arm(PLAIN, (2,), rivals.Copies),
-    "copy-2, last": Arm(PLAIN, (2,), rivals.LastCopy),
+    "random selection": Arm("", (2,), rivals.RandomSelection),
+    "bubbles, r = 2": Arm("", (2, 1, 1.5, 4)),
+    "bubbles, r = 4": Arm("--budget 4", (4,)),
+    "bubbles, elastic": Arm("--budget 1,1.5,2,4", (2, 1, 1.5, 4)),
+    "the paper's model": Arm("--paper", (2,), PaperTinybubbles),
     "pauses": Arm(PLAIN, (2,), rivals.Pauses),
-    "random pauses": Arm(PLAIN, (2, 1, 4), rivals.RandomPauses),
     "recurrent depth": Arm(PLAIN + "--budget 4", (4, 1, 2, 8), rivals.RecurrentDepth),
     "PonderLM-2": Arm(PLAIN, (2,), rivals.PonderLM2),
     "PonderLM-3": Arm(PLAIN + "--budget 4", (4, 1, 2), rivals.PonderLM3),
-    "random selection": Arm("", (2,), rivals.RandomSelection),
-    "no attenuation": Arm("", (2,), rivals.NoAttenuation),
-    "bubbles, r = 1.25": Arm("--budget 1.25", (1.25,), curve="bubbles, each r"),
-    "bubbles, r = 1.5": Arm("--budget 1.5", (1.5,), curve="bubbles, each r"),
-    "bubbles, r = 2": Arm("", (2, 1, 1.25, 1.5, 3, 4)),
-    "bubbles, r = 4": Arm("--budget 4", (4,), curve="bubbles, each r"),
-    "bubbles, elastic": Arm("--budget 1,1.5,2,4", (2, 1, 1.25, 1.5, 3, 4)),
-    "the paper's model": Arm("--paper", (2,), PaperTinybubbles),
-    "the authors' code": Arm("--paper", (2,), lambda config: PaperTinybubbles(config, merge="residual")),
-    "mixture, r = 2": Arm("", (2, 1, 4), rivals.Mixture),
-    "taught mixture, r = 2": Arm("", (2, 1), rivals.Floor),
 }
 ON_URNS = {
+    "bubbles, r = 1.5": Arm("--budget 1.5", (1.5,)),
     "the paper's model, r = 1.5": Arm("--paper --budget 1.5", (1.5,), PaperTinybubbles),
     "by hand": Arm("--budget 1.5", (1.5,), rivals.Hand),
     "mixture by hand": Arm("--budget 1.5", (1.5,), rivals.HandMixture),
@@ -88,9 +80,9 @@ ON_URNS = {
 }
 ARMS = ON_PLAYS | ON_URNS
 COLORS = {GPT: "#000000", "deeper GPT": "#000000", "wider GPT": "#000000",
-          "copy-2": "#e69f00", "copy-2, last": "#e69f00", "pauses": "#009e73", "random pauses": "#009e73",
+          "copy-2": "#e69f00", "pauses": "#009e73",
           "recurrent depth": "#cc79a7", "PonderLM-2": "#d55e00", "PonderLM-3": "#d55e00",
-          "bubbles, each r": "#0072b2", "bubbles, r = 2": "#56b4e9", "bubbles, elastic": "#003a6b"}
+          "bubbles, r = 4": "#0072b2", "bubbles, r = 2": "#56b4e9", "bubbles, elastic": "#003a6b"}
 
 
 @dataclasses.dataclass
@@ -108,18 +100,17 @@ class Preset:
 
 
 SMALL = "--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8"
-RATES = 4e-3, 2e-3, 8e-3
 PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
-    "text": Preset(SMALL, tuple(ON_PLAYS), 10, RATES, (2000,)),
+    "text": Preset(SMALL, tuple(ON_PLAYS), 10, (8e-3, 4e-3, 16e-3), (2000,)),
     "long": Preset("--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 "
                    "--fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
     "selection": Preset("--device cpu --optimizer adamw --dataset urns --block_size 16 --n_layer 2 --n_head 1 "
-                        "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", "bubbles, r = 1.5", *ON_URNS), 10,
+                        "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
     "gpu": Preset("--device cuda --optimizer adamw --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
@@ -172,14 +163,21 @@ def machine(device):
     return f"{platform.machine()}, {name}, PyTorch {torch.__version__}, Python {platform.python_version()}"
 
 
+def commit():
+    """Git's name of the code that runs here."""
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return asked.stdout.strip() or "unknown"
+
+
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 def train(job):
     """Make the run, in this process, on one thread."""
     torch.set_num_threads(1)
     trainer, path, marks = job.trainer(), job.path(), PRESETS[job.preset].marks
-    run = dict(arm=job.arm, rate=job.rate, seed=job.seed, flags=job.flags(), loss={}, machine=machine(trainer.device),
-               parameters=sum(p.numel() for p in trainer.model.parameters()))
+    run = dict(arm=job.arm, rate=job.rate, seed=job.seed, flags=job.flags(), loss={},
+               parameters=sum(p.numel() for p in trainer.model.parameters()), optimizer=trainer.s.optimizer,
+               commit=commit(), machine=machine(trainer.device))
     run = json.loads(path.read_text()) if path.exists() else run
     while True:
         step = trainer.step
@@ -220,7 +218,7 @@ def true_path_loss(trainer, budget):
     return total / n
 
 
-# -- FLOPs and clocks of trained models -------------------------------------------------------------------------------
+# -- FLOPs of trained models ------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def decode(model, idx, budget):
@@ -239,34 +237,20 @@ def count_flops(function):
     return counter.get_total_flops()
 
 
-def measure(jobs):
-    """For each arm, a job of it that is done: FLOPs per token of training (forward and backward, the mean of 8 steps)
-    and of generating at each budget; and, as multiples of the plain GPT's, the shortest times of five turns of a step
-    and of 32 tokens."""
+def measure(job):
+    """FLOPs per token of a run that is done: of training (forward and backward, the mean of 8 steps), and of generating
+    at each of its arm's budgets."""
     torch.set_num_threads(1)
-    trainers, found = {job.arm: job.trainer() for job in jobs}, {}
-    for arm, trainer in trainers.items():
-        model, T = trainer.model.eval(), trainer.data.T
-        idx = torch.from_numpy(trainer.data.val_batch(0)[0][:1]).to(trainer.device)
-        found[arm] = dict(flops={f"{budget:g}": count_flops(lambda: decode(model, idx, float(budget))) / T
-                                 for budget in ARMS[arm].budgets})
-
-    def clock(name, function):
-        times = shortest([lambda t=t, arm=arm: function(t, ARMS[arm]) for arm, t in trainers.items()], 5,
-                         next(iter(trainers.values())).device)
-        for arm, seconds in zip(trainers, times):
-            found[arm][name] = seconds / times[0]                     # the plain GPT comes first
-    tokens = lambda trainer: torch.from_numpy(trainer.data.val_batch(0)[0][:1, :32]).to(trainer.device)
-    clock("token_time", lambda trainer, arm: decode(trainer.model, tokens(trainer), float(arm.budgets[0])))
-    for arm, trainer in trainers.items():
-        trainer.model.train()
-        compiled, trainer.parallel = trainer.parallel, trainer.model  # what is compiled cannot be counted
-        optimizers, trainer.optimizers = trainer.optimizers, []       # an optimizer's share depends on the batch's size
-        eight_steps = count_flops(lambda: [trainer.train_step() for _ in range(8)])
-        trainer.parallel, trainer.optimizers = compiled, optimizers
-        found[arm]["train_flops"] = eight_steps / 8 / trainer.s.batch_size / trainer.data.T
-    clock("step_time", lambda trainer, arm: trainer.train_step())
-    return found
+    trainer = job.trainer()
+    model, T = trainer.model.eval(), trainer.data.T
+    idx = torch.from_numpy(trainer.data.val_batch(0)[0][:1]).to(trainer.device)
+    flops = {f"{budget:g}": count_flops(lambda: decode(model, idx, float(budget))) / T
+             for budget in ARMS[job.arm].budgets}
+    model.train()
+    trainer.parallel = trainer.model                                  # what is compiled cannot be counted
+    trainer.optimizers = []                                           # their share depends on the batch's size
+    eight_steps = count_flops(lambda: [trainer.train_step() for _ in range(8)])
+    return dict(flops=flops, train_flops=eight_steps / 8 / trainer.s.batch_size / T)
 
 
 # -- statistics, table, picture ---------------------------------------------------------------------------------------
@@ -300,19 +284,18 @@ def less(runs, arm, other, mark, budget):
 
 def write_table(path, runs, found, marks, beside, about):
     """A row for each arm and budget, after the last step; and the differences after earlier ones."""
-    lines = [f"| | budget | seeds | rate | parameters | loss | less the plain GPT's | less that of {beside} | training "
-             "MFLOPs per token | MFLOPs of a generated token | time of a step | of a token |", "|" + "---|" * 12]
+    lines = ["| | budget | seeds | rate | parameters | training MFLOPs per token | MFLOPs of a generated token | loss | "
+             f"less the plain GPT's | less that of {beside} |", "|" + "---|" * 10]
     for arm in dict.fromkeys(run["arm"] for run in runs):
         one = next(run for run in runs if run["arm"] == arm)
         for budget in one["loss"][str(marks[-1])]:
             loss, m = list(by_seed(runs, arm, marks[-1], budget).values()), found.get(arm, {})
             first = budget == f"{ARMS[arm].budgets[0]:g}"
             pairs = [less(runs, arm, other, marks[-1], budget) for other in (GPT, beside)]
-            cells = [arm, budget, len(loss), f"{one['rate']:g}", f"{one['parameters']:,}", show(loss),
-                     *(show(pair, "+") if pair and any(pair) else "" for pair in pairs),
+            cells = [arm, budget, len(loss), f"{one['rate']:g}", f"{one['parameters']:,}",
                      f"{m['train_flops'] / 1e6:.2f}" if m and first else "",
                      f"{m['flops'][budget] / 1e6:.2f}" if budget in m.get("flops", {}) else "",
-                     *(f"{m[key]:.2f}" if m and first else "" for key in ("step_time", "token_time"))]
+                     show(loss), *(show(pair, "+") if pair and any(pair) else "" for pair in pairs)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     for mark in marks[:-1]:
         lines += ["", f"After {mark} steps, loss less the plain GPT's: " + "; ".join(
@@ -335,9 +318,8 @@ def curves(runs, found, marks):
         if len(marks) > 1:
             points[arm] = [(mark, *interval(less(runs, arm, GPT, mark, first))) for mark in marks]
         elif arm in found:
-            points.setdefault(ARMS[arm].curve or arm, []).extend(
-                (flops / 1e6, *interval(less(runs, arm, GPT, marks[-1], budget)))
-                for budget, flops in found[arm]["flops"].items())
+            points[arm] = [(flops / 1e6, *interval(less(runs, arm, GPT, marks[-1], budget)))
+                           for budget, flops in found[arm]["flops"].items()]
     return points
 
 
@@ -425,6 +407,17 @@ def recall(s):
     return rates, {arm: told["measured"][arm] for arm in rates if arm in told["measured"]}
 
 
+def a_run_a_line(whole):
+    """JSON of a dictionary, with a line for each entry of a list or a dictionary in it."""
+    def lines(value):
+        if isinstance(value, dict):
+            return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items()) + "\n}"
+        if isinstance(value, list):
+            return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        return json.dumps(value)
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {lines(value)}" for key, value in whole.items()) + "\n}\n"
+
+
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     p, results = PRESETS[s.preset], Path(s.results)
@@ -441,20 +434,17 @@ def main(argv):
         train_all(s, jobs)
     done = [job for job in jobs if job.done()]
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
-    trained = {job.arm: job for job in reversed(done) if job.trained()}                # the first of each arm
-    if set(trained) - {GPT}:                                          # the GPT, which times are multiples of, is first
-        found |= measure([trained.pop(GPT, done[0]), *trained.values()])
-    machines = " and on ".join(sorted({run["machine"] for run in runs}))
+    found |= {job.arm: measure(job) for job in reversed(done) if job.trained() and job.arm not in found}
+    made = " and ".join(sorted({f"by {run['optimizer']} with commit {run['commit']} on {run['machine']}" for run in runs}))
     seeds = max((run["seed"] for run in runs), default=0)
     about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {seeds} (Student's t); "
              f"differences are paired: same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; rates "
              f"{', '.join(f'{rate:g}' for rate in p.rates)}, the best with seed 0. FLOPs as PyTorch counts them, empty "
-             "room in caches included; times as multiples of the plain GPT's, the shortest of five turns on one "
-             f"thread. Trained on {machines}.")
+             f"room in caches included. Trained {made}.")
     missing = [arm for arm in p.arms if arm not in rates]
     missing += [f"{job.arm}, seed {job.seed}" for job in jobs if job not in done]
     whole = dict(about=about, missing=missing, runs=runs, measured=found)
-    write_atomically(results / f"{s.preset}.json", lambda file: file.write(json.dumps(whole, indent=1).encode()))
+    write_atomically(results / f"{s.preset}.json", lambda file: file.write(a_run_a_line(whole).encode()))
     write_table(results / f"{s.preset}.md", runs, found, p.marks, p.beside, about)
     draw(results / f"{s.preset}.png", runs, found, p.marks)
     print((results / f"{s.preset}.md").read_text(encoding="utf-8"))

@@ -105,17 +105,7 @@ class Copies(Rival):
         streams = self.positions(idx, n, cache)
         x = self.drop(self.wte(idx)).repeat_interleave(n, 1)                        # (B, N, D)
         x = self.run(x, streams, cache, trace).unflatten(1, (-1, n))                # (B, T, n, D)
-        return self.head(self.merge(x)), streams.count.unsqueeze(0)
-
-    def merge(self, x):
-        return x.sum(2)
-
-
-class LastCopy(Copies):
-    """The same, but the rightmost copy alone predicts."""
-
-    def merge(self, x):
-        return x[:, :, -1]
+        return self.head(x.sum(2)), streams.count.unsqueeze(0)
 
 
 class Pauses(Rival):
@@ -426,24 +416,6 @@ class RandomFork(Fork):
 class RandomSelection(Tinybubbles):
     def new_fork_layer(self):
         return RandomFork(self.config)
-
-
-class NoAttenuation(Tinybubbles):
-    """Blocks treat every stream as if its P were 1: in attention's logits, its values, and what is written. Scores
-    still choose, and weigh the merge."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        for block in self.blocks:
-            block.register_forward_pre_hook(self.flatten)
-
-    @staticmethod
-    def flatten(block, args):
-        x, streams, slots = args
-        flat, logp = copy.copy(streams), torch.where(streams.is_real, 0.0, PADDING).to(streams.logp)
-        flat.P = logp.exp().unsqueeze(-1)
-        flat.logp_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)
-        return x, flat, slots
 
 
 class Mixture(Tinybubbles):

@@ -131,9 +131,8 @@ def test_the_best_rate_is_the_one_of_the_lowest_loss(tmp_path, monkeypatch):
     assert compare.best_rate(jobs) == 2e-3
 
 
-def test_flops_and_times_are_measured_for_every_arm_and_drawn(results):
+def test_flops_are_counted_for_every_arm_and_drawn(results):
     found = results["measured"]
-    assert found[GPT]["step_time"] == found[GPT]["token_time"] == 1.0
     assert found["copy-2"]["flops"]["2"] > 1.7 * found[GPT]["flops"]["1"]
     assert found["copy-2"]["train_flops"] > 1.7 * found[GPT]["train_flops"]
     assert found["the paper's model"]["flops"]["2"] > 4 * found["bubbles, r = 2"]["flops"]["2"]  # it reads all anew

@@ -19,14 +19,12 @@ from train import Trainer, measure_bars
 PLAIN = dict(fork_layers=())
 KINDS = {   # class: configuration, budgets to read at, positions that pass through all blocks for one generated token
     rivals.Copies: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
-    rivals.LastCopy: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
     rivals.Pauses: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
     rivals.RandomPauses: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
     rivals.RecurrentDepth: (PLAIN | dict(budget=3.0), (1, 3), lambda n: (2 + 2 * n) / 4),
     rivals.PonderLM2: (PLAIN, (2,), lambda n: n),
     rivals.PonderLM3: (PLAIN | dict(budget=3.0), (1, 3), lambda n: n),
     rivals.RandomSelection: ({}, (1, 1.5, 3), None),
-    rivals.NoAttenuation: ({}, (1, 1.5, 3), None),
     rivals.Hand: (dict(budget=8.0), (8,), None),                       # of so few words all are hard
     rivals.HandMixture: (dict(budget=8.0), (8,), None),
     **{kind: ({}, (1, 1.5, 3), None) for kind in (
@@ -173,12 +171,11 @@ def causal(N):
     return np.tril(np.ones((N, N), dtype=bool))
 
 
-@pytest.mark.parametrize("kind", [rivals.Copies, rivals.LastCopy], ids=lambda kind: kind.__name__)
-def test_copies_are_a_gpt_over_repeated_embeddings(kind):
-    model, idx, n = make(kind), tokens(0, B=1, T=7), 3
+def test_copies_are_a_gpt_over_repeated_embeddings():
+    model, idx, n = make(rivals.Copies), tokens(0, B=1, T=7), 3
     x = model.wte.weight.detach().double().numpy()[idx[0]].repeat(n, 0)
     x = twin(model, x, [(i + 1) / n for i in range(7 * n)], causal(7 * n)).reshape(7, n, -1)
-    agrees(model, idx, n, predictions(model, x.sum(1) if kind is rivals.Copies else x[:, -1]))
+    agrees(model, idx, n, predictions(model, x.sum(1)))
 
 
 def test_pauses_stand_at_their_tokens_position_and_the_last_predicts():
@@ -335,17 +332,6 @@ def test_random_selection_spends_the_same_and_ignores_what_is_said():
     assert not torch.equal(owner, streams_of(other, idx, 1.5))
     count = torch.bincount(streams_of(make(rivals.RandomSelection), idx, 3)[0])
     assert count.min() >= 1 and len(set(count.tolist())) > 1
-
-
-def test_without_attenuation_scores_only_choose_and_merge():
-    """Where every P in the merge is 1, the model is one whose scores are."""
-    model, idx = make(rivals.NoAttenuation), tokens(0)
-    plain = random_model(0)
-    plain.load_state_dict(model.state_dict())
-    assert (plain(idx, budget=2)[0] - model(idx, budget=2)[0]).abs().max() > 1e-3
-    for fork in [*model.forks.values(), *plain.forks.values()]:
-        fork.score.forward = lambda x: x.new_full((*x.shape[:-1], 2), 50.0)                   # all P are 1
-    assert (plain(idx, budget=2)[0] - model(idx, budget=2)[0]).abs().max() < 1e-5
 
 
 def test_the_hand_places_three_forks_at_every_hard_token_within_a_budget_of_one_and_a_half():
