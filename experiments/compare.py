@@ -59,7 +59,9 @@ ON_PLAYS = {
     "bubbles, r = 4": Arm("--budget 4", (4,)),
     "bubbles, elastic": Arm("--budget 1,1.5,2,4", (2, 1, 1.5, 4)),
     "the paper's model": Arm("--paper", (2,), PaperTinybubbles),
+    "the authors' code": Arm("--paper", (2,), lambda config: PaperTinybubbles(config, merge="residual")),
     "pauses": Arm(PLAIN, (2,), rivals.Pauses),
+    "random pauses": Arm(PLAIN, (2, 1, 4), rivals.RandomPauses),
     "recurrent depth": Arm(PLAIN + "--budget 4", (4, 1, 2, 8), rivals.RecurrentDepth),
     "PonderLM-2": Arm(PLAIN, (2,), rivals.PonderLM2),
     "PonderLM-3": Arm(PLAIN + "--budget 4", (4, 1, 2), rivals.PonderLM3),
@@ -104,7 +106,9 @@ PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
-    "text": Preset(SMALL, tuple(ON_PLAYS), 10, (8e-3, 4e-3, 16e-3), (2000,)),
+    "text": Preset(SMALL, (GPT, "deeper GPT", "wider GPT", "copy-2", "random selection", "bubbles, r = 2", "bubbles, r = 4",
+                           "bubbles, elastic", "the paper's model", "pauses", "recurrent depth", "PonderLM-2",
+                           "PonderLM-3"), 10, (8e-3, 4e-3, 16e-3), (2000,)),
     "long": Preset("--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 "
                    "--fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
