@@ -12,7 +12,7 @@ import torch
 from tasks.text import decoder, encode
 from tools.files import load_checkpoint
 from tools.pictures import legend, plot, read_bubbles, shade
-from tools.program import choose_device, knob, read_flags, refuse
+from tools.program import choose_device, knob, read_flags, refuse, show_all_characters
 
 
 @dataclass
@@ -87,7 +87,7 @@ def main(argv):
     vocabulary = checkpoint["vocabulary"]
     prompt = encode(read_prompt(s.prompt, vocabulary), vocabulary, model.config.vocab_size)
     model.eval()
-    sys.stdout.reconfigure(errors="replace")
+    show_all_characters()
     started = time.perf_counter()
     samples = [write_sample(model, prompt, vocabulary, s, seed) for seed in range(s.seed, s.seed + s.num_samples)]
     made, seconds = s.num_samples * s.max_new_tokens, time.perf_counter() - started

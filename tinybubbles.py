@@ -24,8 +24,8 @@ Words used here, each with one meaning:
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
     bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a
                 list. It is measured by the forward passes that train at its budget (or at one that is not in
-                the list, and for which this is the next higher). A budget that was never
-                trained uses the bar of the next higher budget that was
+                the list, and for which this is the next higher). A budget that was never trained uses the bar
+                of the next higher budget that was
     segment     the blocks from one fork layer to the next, in which the streams stay the same
 
 Four things that are easy to get wrong:
@@ -34,9 +34,9 @@ Four things that are easy to get wrong:
     2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Alone it would
        be spent on whatever comes first, so there is the bar, which about r - 1 extras per token reach. An extra
        below it is refused even if there is room, and the room stays for later extras that reach it.
-    3. Room is given out from left to right, stream by stream; each stream that would stay is served just before its
-       own new fork. So a new fork never takes the room of its parent (though it can
-       survive when its parent misses the bar and is deleted), and no later token changes an earlier choice.
+    3. Room is given out from left to right, stream by stream; each stream that would stay is served just before
+       its own new fork. So a new fork never takes the room of its parent (though it can survive when its parent
+       misses the bar and is deleted), and no later token changes an earlier choice.
     4. The loss teaches the scores through P alone. A fork that is not chosen has no P in any block, and so its
        score gets no gradient.
 
@@ -465,7 +465,7 @@ class CausalSelfAttention(nn.Module):
         (q, k), mask = qk, None                                                       # (B, H, N, d)
         if slots is not None:  # the keys and values of earlier calls too
             k, v = slots.write(self.layer, k, v)                                      # (B, H, S, d)
-            mask = slots.mask
+            mask = slots.mask.type_as(q)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).flatten(2))                                # (B, N, D)
@@ -558,7 +558,7 @@ class Slots:
         kv = self.cache.kv[layer]                                                     # (2, B, H, S, d)
         new = torch.stack((k, v)).detach().type_as(kv)                                # (2, B, H, N, d)
         kv.scatter_(3, self.slot.expand_as(new), new)
-        return kv.unbind(0)
+        return kv.type_as(k).unbind(0)
 
 
 # -- the paper's model ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from tinybubbles import NEVER_MEASURED, Config
 from tools.files import RunFolder, load_checkpoint, make_model, remedy
 from tools.pictures import draw_loss
 from tools.program import (Stop, check_finite, choose_device, in_turn, join_processes, knob, or_refuse, read_flags,
-                           refuse, say, show_all_characters, wait_for_all)
+                           refuse, refuse_if_too_large, say, show_all_characters, wait_for_all)
 
 LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
 FREE = ("dataset", "out_dir", "max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device",
@@ -166,8 +166,12 @@ class Trainer:
     def loss(self, model, batch, budget, trace=None):
         """The model's loss on a batch: idx and targets (B, T)."""
         idx, targets = (torch.from_numpy(tokens).to(self.device) for tokens in batch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with self.autocast():
             return model(idx, targets, budget=budget, trace=trace)[1]
+
+    def autocast(self):
+        """A context in which --dtype holds."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def total(self, value):
         """The sum of a number over the processes."""
@@ -222,7 +226,8 @@ class Trainer:
         trained = {min(budget, most) for budget in self.s.budget}
         others = {budget for budget in self.model.config.bar_budgets if budget <= most} - trained
         texts = [self.data.train_batch(self.random(number, purpose=2))[0] for number in range(4)]
-        measure_bars(self.model, torch.from_numpy(np.concatenate(texts)).to(self.device), others)
+        with self.autocast():
+            measure_bars(self.model, torch.from_numpy(np.concatenate(texts)).to(self.device), others)
 
 
 def train(trainer, folder, stop):
@@ -356,8 +361,13 @@ def main(argv):
             train(trainer, folder, stop)
             wait_for_all()                                            # gloo may abort one that leaves first
     except OSError as error:                                          # a full disk, say, while log.csv is written
+        then = "go on with --resume" if folder and folder.checkpoint.exists() else "start again"
         refuse(f"{error.filename or s.out_dir} cannot be used ({error.strerror or error}); what was saved is kept; "
-               f"{remedy(error, s.out_dir)}, then go on with --resume")
+               f"{remedy(error, s.out_dir)}, then {then}")
+    except (MemoryError, RuntimeError, ValueError) as error:
+        refuse_if_too_large(error, "a lower --batch_size (with more --gradient_accumulation_steps), or a smaller "
+                            "--block_size, --n_embd or --vocab_size")
+        raise
     finally:
         if folder:
             folder.close()
@@ -369,4 +379,4 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        raise SystemExit("stopped before the first step; nothing is lost") from None
+        raise SystemExit("stopped; what was saved is kept") from None

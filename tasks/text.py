@@ -60,6 +60,7 @@ def read_vocabulary(folder):
         vocabulary = [itos[token] for token in range(len(itos))]
         if not vocabulary or not all(isinstance(word, str) for word in vocabulary):
             raise ValueError("its itos does not list strings")
+        "".join(vocabulary).encode()                                  # half of a surrogate pair is no text
     except Exception as error:                                        # whatever can be wrong with a file
         refuse(f"{path} is not a meta.pkl as nanoGPT writes it ({type(error).__name__}: {error}); mend or remove it")
     return vocabulary
@@ -82,7 +83,7 @@ def encode(prompt, vocabulary, vocab_size):
         return list(prompt)
     try:
         text = prompt.decode()
-        number = {word: token for token, word in enumerate(vocabulary)}
+        number = {word: token for token, word in enumerate(vocabulary[:vocab_size])}
         longest_first = map(re.escape, sorted(filter(None, number), key=len, reverse=True))
         pattern = "|".join([*longest_first, "."])                     # last: what no string matches
         parts = re.findall(pattern, text, re.DOTALL) if vocabulary else text.split()

@@ -68,6 +68,17 @@ def test_a_call_that_fails_midway_leaves_the_cache_alone(monkeypatch):
     assert torch.equal(model(idx[:, 6:], cache=failed)[0], model(idx[:, 6:], cache=other)[0])
 
 
+@pytest.mark.parametrize("before, after", [(True, False), (False, True)])
+def test_a_cache_may_be_made_in_one_precision_and_used_in_another(before, after):
+    model, idx = random_model(0), tokens(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=before):
+        cache = model.new_cache(2)
+        model(idx[:, :6], cache=cache)
+    with torch.autocast("cpu", torch.bfloat16, enabled=after):
+        logits, _ = model(idx[:, 6:], cache=cache)
+    assert (logits - model(idx)[0][:, 6:]).abs().max() < 0.1 * logits.abs().max()
+
+
 @pytest.mark.parametrize("budget", [np.float32(2), np.float64(2), np.int64(2), 2])
 def test_a_budget_may_be_any_kind_of_number(budget):
     model, idx = random_model(0, budget=3.0), tokens(0)

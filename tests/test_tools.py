@@ -147,7 +147,11 @@ def test_evaluating_never_moves_the_training_run(folder):
 
 
 def test_compile_and_bfloat16_train_the_same_model(folder, monkeypatch):
-    losses = [train_here(*flags, "--start_over")["val_loss"] for flags in ((), ("--dtype", "bfloat16"))]
+    losses, seen, measure_bars = [train_here("--start_over")["val_loss"]], [], train.measure_bars
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measure_bars", lambda *a: (seen.append(torch.is_autocast_enabled("cpu")), measure_bars(*a)))
+        losses.append(train_here("--dtype", "bfloat16", "--start_over")["val_loss"])
+    assert all(seen) and seen                                         # bars are measured as they are used
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
     torch._dynamo.reset()
     losses.append(train_here("--compile", "--start_over")["val_loss"])

@@ -301,6 +301,20 @@ def test_a_folder_that_is_lost_or_full_is_told_in_one_sentence(act, full, monkey
     assert any(word in said for word in ("No such file", "not found", "No space left"))
 
 
+def test_a_file_that_cannot_be_used_at_the_start_is_named_and_no_run_is_to_be_resumed(monkeypatch, capsys):
+    def fail(s):
+        raise PermissionError(13, "Permission denied", "data/plays")
+    monkeypatch.setattr(train, "make_data", fail)
+    said = exits(capsys, train_here).err
+    assert "data/plays cannot be used (Permission denied)" in said and "--resume" not in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["--batch_size 100000000000", "--n_embd 1000000000 --n_head 1"])
+def test_what_does_not_fit_into_memory_is_refused_and_a_lower_batch_size_advised(flags, capsys):
+    said = exits(capsys, train_here, *flags.split()).err
+    assert "more memory than there is" in said and "--batch_size" in said and said.count("\n") == 1
+
+
 DRIVER = """
 import os, random, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -546,13 +560,14 @@ def test_tokens_without_names_are_shown_and_prompted_as_numbers(capsys):
 @pytest.mark.parametrize("prompt, vocabulary, part", [("anna", ["ann", "na"], "'a'"), ("ab", ["a", "bc"], "'b'")])
 def test_the_longest_string_of_a_vocabulary_is_taken_and_what_is_not_in_it_is_named(prompt, vocabulary, part, capsys):
     assert encode("annie\n ann?\u00e9".encode(), ["ann", "annie", "\n ", "?", "\u00e9"], 5) == [1, 2, 0, 3, 4]
-    said = exits(capsys, encode, prompt.encode(), vocabulary, len(vocabulary)).err
-    assert f"holds {part}, which is not in" in said
+    for words, size in ((vocabulary, len(vocabulary)), ([*vocabulary, part[1]], len(vocabulary))):
+        said = exits(capsys, encode, prompt.encode(), words, size).err                # also one beyond --vocab_size
+        assert f"holds {part}, which is not in" in said
 
 
 @pytest.mark.parametrize("meta, word", [
     (pickle.dumps(Code()), "meta.pkl"), (b"junk", "meta.pkl"), (dict(stoi={}), "'itos'"), (dict(itos={}), "strings"),
-    (dict(itos={0: "a", 2: "b"}), "meta.pkl"), (dict(itos={0: 7}), "strings"), ([1], "meta.pkl")])
+    (dict(itos={0: "a", 2: "b"}), "meta.pkl"), (dict(itos={0: "\ud800"}), "surrogates"), (dict(itos={0: 7}), "strings"), ([1], "meta.pkl")])
 def test_a_meta_that_is_not_nanogpts_is_refused_and_none_of_its_code_runs(meta, word, capsys):
     make_folder()
     Path("mine/meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))

@@ -40,6 +40,15 @@ def or_refuse(make):
         refuse(str(error))
 
 
+TOO_LARGE = "can't allocate memory", "not enough memory", "Storage size calculation overflowed", "array is too big"
+
+
+def refuse_if_too_large(error, remedy):
+    """End the program with one sentence if the error is PyTorch's or NumPy's way of saying that memory is short."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in TOO_LARGE):
+        refuse(f"this needs more memory than there is; try {remedy}")
+
+
 KINDS = {  # how each kind of flag is read, and what to say if it cannot be
     "int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "text"),
     "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
