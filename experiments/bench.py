@@ -2,11 +2,14 @@
 How fast, beside a plain GPT: python experiments/bench.py        (--preset smoke: seconds, at a size that shows nothing)
 
 A training step is set beside one of a GPT that computes as many positions in each block. A cached token is set beside
-one of a GPT with a preallocated cache. The two models take turns in one run, and a row holds the ratio of their
-shortest times; on the CPU also how many operations PyTorch dispatches for a token. Rows go to a JSON file as they are
-measured, and a row that is there is not measured again.
+one of a GPT with a preallocated cache, which holds as many tokens, and beside one of a GPT whose cache holds as many
+positions as that of bubbles holds streams. The models take turns in one run, and a row holds ratios of their shortest
+times; on the CPU also how many operations PyTorch dispatches for a token. Rows go to a JSON file as they are measured,
+and a row that is there is not measured again.
 
-The preset gpu compiles both models, in bfloat16, and reads a token as CUDA graphs. Its rows, in bench-gpu.json, also
+A token attends by PyTorch's fused kernel, or by the plain equation written out: all models of a row by the same one.
+
+The preset gpu compiles all models, in bfloat16, and reads a token as CUDA graphs. Its rows, in bench-gpu.json, also
 hold milliseconds, and the rate of training as a share of the rate at which the GPU multiplies two 8,192 x 8,192
 matrices. It prints where the GPU's time goes.
 """
@@ -18,6 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -38,22 +42,29 @@ TINY = dict(n_layer=2, n_head=2, n_embd=16, fork_layers=(1,))
 
 STEPS = [dict(kind="step", T=T, batch=1, budget=budget, **MEDIUM)
          for T in (128, 256, 512, 1024) for budget in (2.0, 4.0)]
-TOKENS = [dict(kind="token", T=T, batch=batch, budget=2.0, **sizes)
+TOKENS = [dict(kind="token", T=T, batch=batch, budget=2.0, attention="fused", **sizes)
           for batch, sizes in ((1, SMALL), (8, SMALL), (1, MEDIUM), (1, LARGE)) for T in (256, 1024)]
 GPU_STEPS = [dict(kind="step", T=T, batch=16384 // T, budget=2.0, n_layer=6, n_head=width // 64, n_embd=width,
                   fork_layers=(1, 2)) for width in (384, 768, 1024) for T in (512, 1024)]
-GPU_TOKENS = [dict(kind="token", T=T, batch=batch, budget=2.0, **LARGE) for batch in (1, 64) for T in (256, 1024, 4096)]
-SMOKE = [dict(kind=kind, T=16, batch=1, budget=2.0, **TINY) for kind in ("step", "token")]
+GPU_TOKENS = [dict(kind="token", T=T, batch=batch, budget=2.0, attention=attention, **LARGE)
+              for T in (1024, 4096, 256) for batch in (1, 64) for attention in ("fused", "plain")]
+SMOKE = [dict(kind="step", T=16, batch=1, budget=2.0, **TINY),
+         *(dict(kind="token", T=16, batch=1, budget=2.0, attention=attention, **TINY) for attention in ("fused", "plain"))]
 
 
 class Preset(NamedTuple):
     rows: list       # what to measure
     rounds: int      # how often the two models take turns
-    target: float    # how many times the GPT's time a token may take
+    targets: dict    # for each of RATIOS, how many times a GPT's time is aimed at
 
 
-PRESETS = dict(cpu=Preset(STEPS + TOKENS, 10, 1.6), gpu=Preset(GPU_STEPS + GPU_TOKENS, 10, 1.3),
-               smoke=Preset(SMOKE, 2, 1.6))
+STEP = "a step, beside a GPT of as many positions"
+TOKEN = "a token, beside a GPT of as many tokens"
+TOKEN_OF_STREAMS = "a token, beside a GPT of as many positions"
+RATIOS = {STEP: ("step", "ratio"), TOKEN: ("token", "ratio"), TOKEN_OF_STREAMS: ("token", "as_many")}  # kind, key
+PRESETS = dict(cpu=Preset(STEPS + TOKENS, 10, {STEP: 1.05, TOKEN: 1.6}),
+               gpu=Preset(GPU_TOKENS + GPU_STEPS, 10, {STEP: 1.05, TOKEN_OF_STREAMS: 1.3}),
+               smoke=Preset(SMOKE, 2, {STEP: 1.05, TOKEN: 1.6}))
 
 
 @dataclass
@@ -221,45 +232,76 @@ def matrix_rate(rounds, device):
     return 10 * 2 * 8192**3 / seconds
 
 
+FUSED = F.scaled_dot_product_attention
+
+
+def plain_attention(q, k, v, attn_mask=None, is_causal=False, dropout_p=0.0):
+    """PyTorch's scaled_dot_product_attention with a cache, written out; without one it is the kernel. Logits are
+    float32."""
+    if is_causal:
+        return FUSED(q, k, v, is_causal=True, dropout_p=dropout_p)
+    logits = (q @ k.mT).float() / math.sqrt(q.size(-1))                             # (B, H, N, S)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    return logits.softmax(-1).type_as(v) @ v
+
+
+class TokenOfGPT:
+    """A function that reads a token by a GPT whose cache holds `seen` positions at first."""
+
+    def __init__(self, config, token, seen, room):
+        device, gpu = token.device, token.device.type == "cuda"
+        self.model, self.token, self.seen = GPT(config).to(device).eval(), token, seen
+        self.kv = list(torch.randn(config.n_layer, 2, len(token), config.n_head, seen + room,
+                                   config.n_embd // config.n_head, device=device,
+                                   dtype=torch.bfloat16 if gpu else None))          # (2, B, H, S, d) of each block
+        self.read = self.model
+        if gpu:
+            for block in self.kv:
+                torch._dynamo.mark_static_address(block)
+            self.read = torch.compile(self.model, fullgraph=True, mode="reduce-overhead")
+            self.seen = torch.tensor([seen], device=device)
+
+    def __call__(self):
+        self.read(self.token, kv=self.kv, seen=self.seen)
+        self.seen = self.seen + 1
+
+
 @torch.no_grad()
 def cached_token(row, config, rounds, device):
-    """A token that bubbles read after T others, beside one that a GPT reads; and beside reading all T anew."""
+    """A token that bubbles read after T others, beside one that a GPT reads after as many tokens, and one that it reads
+    after as many positions as bubbles have streams; and beside reading all T anew."""
     B, T, gpu, times = row["batch"], row["T"], device.type == "cuda", 8
-    model, gpt = Tinybubbles(config).to(device).eval(), GPT(config).to(device).eval()
+    model = Tinybubbles(config).to(device).eval()
     idx = torch.randint(256, (B, config.block_size), device=device)
     token = idx[:, :1]
     measure_bars(model, idx[:, :256], [config.budget])
     cache = model.new_cache(B)
     for part in idx[:, :T].split(256, 1):
         model(part, cache=cache)
-    kv = list(torch.randn(config.n_layer, 2, B, config.n_head, config.block_size, config.n_embd // config.n_head,
-                          device=device, dtype=torch.bfloat16 if gpu else None))    # (2, B, H, S, d) of each block
-    read, read_gpt, seen = model.read, gpt, T
+    read, room = model.read, config.block_size - T
     if gpu:
         cache.keep_addresses()
-        for block in kv:
-            torch._dynamo.mark_static_address(block)
-        read, read_gpt = (torch.compile(f, fullgraph=True, mode="reduce-overhead") for f in (read, gpt))
-        seen = torch.tensor([T], device=device)
+        read = torch.compile(read, fullgraph=True, mode="reduce-overhead")
+    gpt, gpt_of_streams = TokenOfGPT(config, token, T, room), TokenOfGPT(config, token, quota(config.budget, T), room)
 
     def token_of_bubbles():                                                         # as `forward` reads one
         budget = model.check(token, None, config.budget, cache)
         _, stream_counts = read(token, budget, cache, None)
         cache.commit(stream_counts, 1)
 
-    def token_of_gpt():
-        nonlocal seen
-        read_gpt(token, kv=kv, seen=seen)
-        seen = seen + 1
-
-    seconds = shortest([lambda: repeat(times, token_of_bubbles), lambda: repeat(times, token_of_gpt)], rounds, device)
-    bubbles, plain = (total / times for total in seconds)
+    functions = token_of_bubbles, gpt, gpt_of_streams
+    seconds = shortest([lambda f=f: repeat(times, f) for f in functions], rounds, device)
+    bubbles, plain, as_many = (total / times for total in seconds)
+    found = dict(ratio=bubbles / plain, as_many=bubbles / as_many)
     if gpu:
         print_kernels(lambda: repeat(times, token_of_bubbles))
-        return dict(ratio=bubbles / plain, ms=1000 * bubbles, gpt_ms=1000 * plain)
+        return found | dict(ms=1000 * bubbles, gpt_ms=1000 * plain, as_many_ms=1000 * as_many)
     anew, = shortest([lambda: model(idx[:, :T])], 2, device)
-    return dict(ratio=bubbles / plain, anew=anew / bubbles, operations=count_operations(token_of_bubbles),
-                gpt_operations=count_operations(token_of_gpt))
+    return found | dict(anew=anew / bubbles, operations=count_operations(token_of_bubbles),
+                        gpt_operations=count_operations(gpt))
 
 
 def measure(row, rounds, gpu):
@@ -275,7 +317,9 @@ def measure(row, rounds, gpu):
     if row["kind"] == "step":
         found = training_step(row, config, rounds, device)
     else:
-        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+        attend = plain_attention if row["attention"] == "plain" else FUSED
+        with (torch.autocast(device.type, torch.bfloat16, enabled=gpu),
+              mock.patch.object(F, "scaled_dot_product_attention", attend)):
             found = cached_token(row, config, rounds, device)
     return row | dict(machine=f"{how}, PyTorch {torch.__version__}, Python {platform.python_version()}") | found
 
@@ -284,44 +328,45 @@ def measure(row, rounds, gpu):
 
 def write_table(path, rows, about):
     """The rows as a Markdown table, in brackets the GPT's numbers."""
-    lines = ["| | blocks, width | T | batch | r | times the GPT's | ms | share of the ceiling | operations | faster "
-             "than reading anew |", "|" + "---|" * 10]
+    lines = ["| | attention | blocks, width | T | batch | r | times a GPT's of as many tokens | of as many positions | ms "
+             "| share of the ceiling | operations | faster than reading anew |", "|" + "---|" * 12]
     both = lambda row, name, form: f"{row[name]:{form}} ({row['gpt_' + name]:{form}})" if name in row else ""
+    ratio = lambda row, key: f"{row[key]:.2f}" if key in row else ""
     for row in rows:
-        cells = (row["kind"], f"{row['n_layer']}, {row['n_embd']}", row["T"], row["batch"], f"{row['budget']:g}",
-                 f"{row['ratio']:.2f}", both(row, "ms", ".3f"), both(row, "share", ".0%"), both(row, "operations", "d"),
-                 f"{row['anew']:.0f}" if "anew" in row else "")
+        tokens, positions = ("ratio", "as_many") if row["kind"] == "token" else ("", "ratio")
+        cells = (row["kind"], row.get("attention", "fused"), f"{row['n_layer']}, {row['n_embd']}", row["T"], row["batch"],
+                 f"{row['budget']:g}", ratio(row, tokens), ratio(row, positions), both(row, "ms", ".3f"),
+                 both(row, "share", ".0%"), both(row, "operations", "d"), f"{row['anew']:.0f}" if "anew" in row else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     path.write_text("\n".join([*lines, "", about]) + "\n")
 
 
-def draw(path, rows, target, about):
-    """The ratios against T: on the left of training steps, on the right of cached tokens."""
+def draw(path, rows, targets, about):
+    """The ratios against T, a panel for each kind of them."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2)
-    steps, tokens = ([row for row in rows if row["kind"] == kind] for kind in ("step", "token"))
-    draw_ratios(left, steps, "a training step at as many positions", 1.05,
-                lambda row: f"r = {row['budget']:g}, width {row['n_embd']}")
-    draw_ratios(right, tokens, "a cached token", target, lambda row: f"width {row['n_embd']}, batch {row['batch']}")
+    figure = Figure(figsize=(13, 4), layout="constrained", facecolor="white")
+    name = lambda row: f"width {row['n_embd']}, " + (f"r = {row['budget']:g}" if row["kind"] == "step" else
+                                                     f"{row['batch']} row{'s' * (row['batch'] > 1)}")
+    for axes, (title, (kind, key)) in zip(figure.subplots(1, 3), RATIOS.items()):
+        lines = {}
+        for row in rows:
+            if row["kind"] == kind and key in row:
+                style = "--" if row.get("attention") == "plain" else "-"
+                lines.setdefault((name(row), style), []).append((row["T"], row[key]))
+        colors = dict(zip(dict.fromkeys(label for label, style in lines), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")))
+        for (label, style), points in lines.items():
+            axes.plot(*zip(*sorted(points)), style, marker="o", color=colors[label],
+                      label=label if style == "-" else label + ", plain attention")
+        axes.axhline(1, color="black", linewidth=1)
+        if title in targets:
+            axes.axhline(targets[title], color="black", linewidth=1, linestyle=":", label=f"target, {targets[title]}")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(title=title, xlabel="T, tokens", ylabel="times a GPT's")
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+        axes.legend(framealpha=1, edgecolor="none", fontsize=8)
     figure.supxlabel(about[about.index("on "):-1], fontsize=9)
-    figure.savefig(path, dpi=120)
-
-
-def draw_ratios(axes, rows, title, target, name):
-    """One panel; `name` of a row is that of its line."""
-    lines = {}
-    for row in rows:
-        lines.setdefault(name(row), []).append((row["T"], row["ratio"]))
-    for (label, points), color in zip(lines.items(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7")):
-        axes.plot(*zip(*points), "o-", color=color, label=label)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.axhline(target, color="black", linewidth=1, linestyle=":", label=f"target, {target}")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    top = max([target, *(row["ratio"] for row in rows)])
-    axes.set(title=title, xlabel="T, tokens", ylabel="times a GPT's", ylim=(0, 1.1 * top))
-    axes.legend(framealpha=1, edgecolor="none")
+    figure.savefig(path, dpi=110)
 
 
 def main(argv):
@@ -338,7 +383,7 @@ def main(argv):
     machines = " and on ".join(sorted({row["machine"] for row in rows}))
     about = f"Ratios of the shortest times of {preset.rounds} rounds in turns, on {machines}."
     write_table(path.with_suffix(".md"), rows, about)
-    draw(path.with_suffix(".png"), rows, preset.target, about)
+    draw(path.with_suffix(".png"), rows, preset.targets, about)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or text, long, selection, gpu)
+Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or text, scale, long, selection)
 
 Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at
 the best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped
@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from experiments import rivals  # noqa: E402
-from tasks.plays import shakespeare  # noqa: E402
+from tasks.text import make_data  # noqa: E402
 from tinybubbles import PaperTinybubbles, Tinybubbles  # noqa: E402
 from tools.files import make_folder, write_atomically  # noqa: E402
 from tools.program import knob, read_flags  # noqa: E402
@@ -54,6 +54,7 @@ ON_PLAYS = {
     "deeper GPT": Arm(PLAIN + "--n_layer {deeper}", (1,)),
     "wider GPT": Arm(PLAIN + "--n_embd {wider}", (1,)),
     "copy-2": Arm(PLAIN, (2,), rivals.Copies),
+    "forked once": Arm("--fork_layers 2", (2,)),  # with one fork layer, r = 2 has room for a fork of every token
     "random selection": Arm("", (2,), rivals.RandomSelection),
     "bubbles, r = 2": Arm("", (2, 1, 1.5, 4)),
     "bubbles, r = 4": Arm("--budget 4", (4,)),
@@ -89,8 +90,8 @@ COLORS = {GPT: "#000000", "deeper GPT": "#000000", "wider GPT": "#000000",
 
 @dataclasses.dataclass
 class Preset:
-    """flags of train.py for every arm; the arms, () = all; how many seeds, from 0; learning rates in the order tried;
-    the steps to evaluate after, the last one being the run's end."""
+    """flags of train.py for every arm; the arms; how many seeds, from 0; learning rates in the order tried; the steps to
+    evaluate after, the last one being the run's end."""
     flags: str
     arms: tuple
     seeds: int
@@ -98,6 +99,7 @@ class Preset:
     marks: tuple
     deeper: int = 7       # blocks of a GPT of as many FLOPs as bubbles at r = 2
     wider: int = 88       # the same, as its width
+    true_batches: int = 40  # of the validation, how many the paper's model reads token by token
     beside: str = "bubbles, r = 2"  # the other arm that the table's differences are to
 
 
@@ -117,9 +119,9 @@ PRESETS = {
                         "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
-    "gpu": Preset("--device cuda --optimizer adamw --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
-                  "--fork_layers 2,4 --batch_size 16 --dropout 0.1 --eval_iters 20", (GPT, "bubbles, r = 2", "copy-2", "bubbles, r = 4"),
-                  3, (1e-3,), (400, 1200)),
+    "scale": Preset("--device cuda --dataset data/linux.txt --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
+                    "--fork_layers 2,4,6 --batch_size 32", (GPT, "copy-2", "forked once", "bubbles, r = 2",
+                    "bubbles, r = 4", "random selection", "the authors' code"), 4, (2e-3,), (1860,), true_batches=4),
 }
 
 
@@ -168,9 +170,9 @@ def machine(device):
 
 
 def commit():
-    """Git's name of the code that runs here."""
+    """The commit of the code that runs here: git's word, or where there is no git the environment's COMMIT."""
     asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return asked.stdout.strip() or "unknown"
+    return asked.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 # -- one run ----------------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def train(job):
         step = trainer.step
         if step in marks:
             trainer.model.eval()
-            run["loss"][str(step)] = losses(trainer, ARMS[job.arm])
+            run["loss"][str(step)] = losses(trainer, ARMS[job.arm], PRESETS[job.preset].true_batches)
             if hasattr(trainer.data, "grade"):
                 grade = trainer.data.grade(trainer.model, float(ARMS[job.arm].budgets[0]), trainer.device)
                 run.setdefault("grade", {})[str(step)] = grade.tolist()
@@ -202,23 +204,28 @@ def train(job):
 
 
 @torch.no_grad()
-def losses(trainer, arm):
+def losses(trainer, arm, true_batches):
     """Validation loss at each of the arm's budgets, in nats per target, each prediction made from the tokens before it
-    alone; if later tokens change earlier ones, also the loss that all tokens in one forward pass would have."""
+    alone. If later tokens change earlier ones, "in one pass" is the loss that all tokens in one forward pass have, and
+    what a prediction from the tokens before it costs more is measured on this many batches."""
     trainer.measure_other_bars()
     found = {f"{budget:g}": trainer.evaluate(float(budget)) for budget in arm.budgets}
-    if not trainer.model.causal:
-        found = {"in one pass": found[f"{arm.budgets[0]:g}"],
-                 **{f"{budget:g}": true_path_loss(trainer, float(budget)) for budget in arm.budgets}}
-    return found
+    if trainer.model.causal:
+        return found
+    more = {budget: cost_of_the_true_path(trainer, float(budget), true_batches) for budget in arm.budgets}
+    return {"in one pass": found[f"{arm.budgets[0]:g}"],
+            **{f"{budget:g}": found[f"{budget:g}"] + more[budget] for budget in arm.budgets}}
 
 
-def true_path_loss(trainer, budget):
-    """Each token predicted as the model generates it."""
-    total, n = 0.0, trainer.s.eval_iters
-    for i in range(n):
-        idx, targets = (torch.from_numpy(tokens).to(trainer.device) for tokens in trainer.data.val_batch(i))
-        total += F.cross_entropy(decode(trainer.model, idx, budget).flatten(0, 1), targets.flatten()).item()
+def cost_of_the_true_path(trainer, budget, batches):
+    """How much higher the loss is if each token is predicted as the model generates it."""
+    total, n = 0.0, min(batches, trainer.s.eval_iters)
+    for batch in map(trainer.data.val_batch, range(n)):
+        idx, targets = (torch.from_numpy(tokens).to(trainer.device) for tokens in batch)
+        with trainer.autocast():
+            logits = decode(trainer.model, idx, budget)
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+        total -= trainer.loss(trainer.model, batch, budget).item()
     return total / n
 
 
@@ -253,8 +260,9 @@ def measure(job):
     model.train()
     trainer.parallel = trainer.model                                  # what is compiled cannot be counted
     trainer.optimizers = []                                           # their share depends on the batch's size
+    trainer.s.batch_size = 1
     eight_steps = count_flops(lambda: [trainer.train_step() for _ in range(8)])
-    return dict(flops=flops, train_flops=eight_steps / 8 / trainer.s.batch_size / T)
+    return dict(flops=flops, train_flops=eight_steps / 8 / T)
 
 
 # -- statistics, table, picture ---------------------------------------------------------------------------------------
@@ -427,7 +435,7 @@ def main(argv):
     p, results = PRESETS[s.preset], Path(s.results)
     make_folder(Path(s.runs), "--runs")
     make_folder(results, "--results")
-    shakespeare(Path("data") / "shakespeare.txt")                     # once, before several processes want it
+    make_data(read_flags(TrainSettings, p.flags.split(), ""))         # once, before several processes want it
     rates, found = recall(s)
     sweep = {arm: [Job(s.preset, arm, rate, 0, s.runs) for rate in p.rates] for arm in p.arms if arm not in rates}
     if s.train:

@@ -1,14 +1,15 @@
 """
-The pictures of the README: python experiments/figures.py --figure method    (entropy, attention, budgets, placement)
+The pictures of the README: python experiments/figures.py --figure method    (every flag: --help)
 
-method: what the fork layers of tinybubbles.py do with the scores of the README's worked example. entropy and attention
-look at a trained checkpoint, entropy at that of a plain GPT too; budgets and placement draw what compare.py found. The
-numbers of a picture stand beside it, as JSON.
+method: what the fork layers of tinybubbles.py do with the scores of the README's worked example. entropy, kinds and
+attention look at a trained checkpoint, entropy at that of a plain GPT too; budgets and placement draw what compare.py
+found. The numbers of a picture stand beside it, as JSON.
 """
 import json
 import math
 import os
 import platform
+import string
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,26 +176,38 @@ def spearman(a, b):
 
 
 @torch.no_grad()
-def entropy(model, gpt, idx, budget):
-    """How the number of a token's streams in the last block goes with the entropy of the prediction, this model's and
-    a plain GPT's. For each: the rank correlation rho, and of tenths of the tokens, sorted by entropy, the mean entropy
-    and the mean number of streams; with intervals."""
-    counts, entropies = [], {"this model's": [], "a plain GPT's": []}
+def read_windows(model, idx, budget=None):
+    """Of each token of idx (windows, T): its streams in the last block, and the entropy of the prediction after it, in
+    nats; (windows, T) both."""
+    counts, entropies = [], []
     for row in idx.split(1):
         trace = []
-        both = model(row, budget=budget, trace=trace)[0], gpt(row)[0]
+        log_probs = model(row, budget=budget, trace=trace)[0][0].log_softmax(-1)      # (T, V)
         counts.append(count_streams(trace)[-1].numpy())
-        for values, logits in zip(entropies.values(), both):
-            log_probs = logits[0].log_softmax(-1)                     # (T, V)
-            values.append(-(log_probs.exp() * log_probs).sum(-1).cpu().numpy())
-    count, found = np.stack(counts), {}                               # (windows, T)
-    for name, values in entropies.items():
-        H = np.stack(values)                                          # (windows, T)
-        tenth = np.searchsorted(np.quantile(H, np.arange(1, 10) / 10), H)
-        mean = lambda values, tenth: np.array([values[tenth == i].mean() for i in range(10)])
-        found[name] = dict(rho=over_windows(spearman, count, H).tolist(), entropy=mean(H, tenth).tolist(),
-                           streams=over_windows(mean, count, tenth).T.tolist())
-    return found
+        entropies.append(-(log_probs.exp() * log_probs).sum(-1).cpu().numpy())
+    return np.stack(counts), np.stack(entropies)
+
+
+def mean_of_each(values, group, groups):
+    """The mean of the values in each of the groups, which are numbered from 0; NaN of an empty group."""
+    with np.errstate(invalid="ignore"):
+        return np.bincount(group.ravel(), values.ravel(), groups) / np.bincount(group.ravel(), minlength=groups)
+
+
+def streams_by_entropy(count, H):
+    """How the streams of tokens go with their entropies H, (windows, T) both: the rank correlation rho, and of tenths of
+    the tokens, sorted by entropy, the mean entropy and the mean number of streams; with intervals."""
+    tenth = np.searchsorted(np.quantile(H, np.arange(1, 10) / 10), H)
+    streams = over_windows(lambda count, tenth: mean_of_each(count, tenth, 10), count, tenth)
+    return dict(rho=over_windows(spearman, count, H).tolist(), entropy=mean_of_each(H, tenth, 10).tolist(),
+                streams=streams.T.tolist())
+
+
+def entropy(model, gpt, idx, budget):
+    """How streams go with the entropy of the prediction, this model's and a plain GPT's."""
+    count, H = read_windows(model, idx, budget)
+    return {"this model's": streams_by_entropy(count, H),
+            "a plain GPT's": streams_by_entropy(count, read_windows(gpt, idx)[1])}
 
 
 def draw_entropy(found, axes):
@@ -203,6 +216,36 @@ def draw_entropy(found, axes):
         axes.errorbar(line["entropy"], mean, (mean - low, high - mean), color=color, marker=marker, capsize=3,
                       label="{}: \u03c1 = {:.3f} ({:.3f} to {:.3f})".format(name, *line["rho"]))
     axes.set(xlabel="entropy of the prediction, nats; tenths of the tokens", ylabel="streams per token, last block")
+
+
+KINDS = dict(  # of bytes
+    tab=b"\t", newline=b"\n", blank=b" ", underscore=b"_", letter=string.ascii_letters.encode(),
+    digit=string.digits.encode(), other=b"")
+
+
+def kinds(model, idx, budgets):
+    """At each budget: the mean number of streams of each kind of byte that occurs, with intervals; and streams by
+    entropy."""
+    table = np.full(256, len(KINDS) - 1)
+    for number, members in enumerate(KINDS.values()):
+        table[list(members)] = number
+    occurring, kind = np.unique(table[idx.cpu().numpy()], return_inverse=True)
+    kind, names, found = kind.reshape(idx.shape), [list(KINDS)[number] for number in occurring], {}
+    for budget in budgets:
+        count, H = read_windows(model, idx, budget)
+        streams = over_windows(lambda count, kind: mean_of_each(count, kind, len(names)), count, kind)
+        found[f"budget {budget:g}"] = streams_by_entropy(count, H) | dict(kinds=dict(zip(names, streams.T.tolist())))
+    return found
+
+
+def draw_kinds(found, panels):
+    for i, (budget, line) in enumerate(found.items()):
+        mean, low, high = np.array(list(line["kinds"].values())).T
+        panels[0].bar(np.arange(len(mean)) + 0.4 * i - 0.2, mean, 0.38, yerr=(mean - low, high - mean), capsize=3,
+                      color=COLORS[i], label=budget)
+    panels[0].set_xticks(range(len(mean)), line["kinds"])
+    panels[0].set(xlabel="kind of byte", ylabel="streams per token, last block")
+    draw_entropy(found, panels[1])
 
 
 @torch.no_grad()
@@ -295,17 +338,19 @@ def draw_placement(found, axes):
         panel.set(xscale="log", xlabel="step", ylabel=name)
 
 
-DRAW = dict(entropy=draw_entropy, attention=draw_attention, budgets=draw_budgets, placement=draw_placement)
+DRAW = dict(entropy=draw_entropy, kinds=draw_kinds, attention=draw_attention, budgets=draw_budgets,
+            placement=draw_placement)
+PANELS = dict(kinds=2, placement=3)
 OF_RUNS = dict(budgets=("text", budgets), placement=("selection", placement))
 
 
 @dataclass
 class Settings:
     figure: str = knob("method", "method, " + ", ".join(DRAW), choices=("method", *DRAW))
-    out_dir: str = knob("out", "a run of train.py with forks, for entropy and attention")
+    out_dir: str = knob("out", "a run of train.py with forks, for entropy, kinds and attention")
     gpt_dir: str = knob("out-gpt", "a run of train.py --fork_layers none, for entropy")
-    budget: float = knob(1.5, "streams per token, for entropy and attention", low=1)
-    windows: int = knob(64, "validation windows, for entropy and attention", low=2)
+    budget: tuple = knob((1.5,), "streams per token, for entropy and attention; several for kinds", "floats", low=1)
+    windows: int = knob(64, "validation windows, for entropy, kinds and attention", low=2)
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
     results: str = knob(str(ROOT / "experiments" / "results"), "where pictures and numbers go; compare.py's are there")
 
@@ -320,17 +365,23 @@ def measure(s):
         runs = json.loads(path.read_text())["runs"]
         return read(runs), f"{len({run['seed'] for run in runs})} paired seeds, 95 % intervals"
     device = choose_device(s.device)
-    load = lambda folder: load_checkpoint(Path(folder) / "best.pt", device)
+    best, last = "best.pt", "ckpt.pt"                                 # compare.py's runs have the last alone
+    load = lambda folder: load_checkpoint(Path(folder) / (best if (Path(folder) / best).exists() else last), device)
     checkpoint, model = load(s.out_dir)
     data = Text(TrainSettings(**checkpoint["settings"] | dict(eval_iters=1, batch_size=s.windows)))
     idx, note = torch.from_numpy(data.val_batch(0)[0]).to(device), f"{s.windows} validation windows, 95 % intervals"
-    note = f"one checkpoint at a budget of {s.budget:g}; {note} over windows"
+    note = f"one checkpoint at a budget of {' and '.join(f'{budget:g}' for budget in s.budget)}; {note} over windows"
     if not model.config.fork_layers:
         refuse(f"--out_dir {s.out_dir} holds a model without fork layers; name one with forks")
+    model.eval()
+    if s.figure == "kinds":
+        if checkpoint["vocabulary"] is not None:
+            refuse(f"--out_dir {s.out_dir} holds a model whose tokens are not bytes; name one of a text")
+        return kinds(model, idx, s.budget), note
     if s.figure == "attention":
-        return attention(model.eval(), idx, s.budget), note
+        return attention(model, idx, s.budget[0]), note
     gpt = load(s.gpt_dir)[1].eval()
-    return or_refuse(lambda: entropy(model.eval(), gpt, idx, s.budget)), note
+    return or_refuse(lambda: entropy(model, gpt, idx, s.budget[0])), note
 
 
 def main(argv):
@@ -344,7 +395,7 @@ def main(argv):
         machine = f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
         whole = dict(about=note, machine=machine, found=found)
         path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
-        panels = 3 if s.figure == "placement" else 1
+        panels = PANELS.get(s.figure, 1)
         figure = plt.figure(figsize=(5 + 3 * panels, 4.5), layout="constrained", facecolor="white")
         axes = figure.subplots(1, panels)
         DRAW[s.figure](found, axes)

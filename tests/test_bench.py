@@ -49,14 +49,22 @@ def test_the_rival_computes_as_many_positions_in_each_block_as_bubbles_do(monkey
     assert gpt(idx)[0].shape == (2, 12, 256) and computed == counts + counts
 
 
+def test_attention_written_out_is_the_kernels():
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (4, 9, 9))
+    mask = torch.randn(2, 1, 4, 9).masked_fill(torch.ones(4, 9).triu(6).bool(), -torch.inf)
+    for given in (None, mask, mask > -torch.inf):
+        fused = F.scaled_dot_product_attention(q, k, v, attn_mask=given)
+        assert (bench.plain_attention(q, k, v, given) - fused).abs().max() < 1e-5
+
+
 def test_rows_are_measured_once_and_a_table_is_written(tmp_path, capsys):
     flags = ["--preset", "smoke", "--results", str(tmp_path)]
     bench.main(flags)
     rows = json.loads((tmp_path / "bench-smoke.json").read_text())
-    assert [row["kind"] for row in rows] == ["step", "token"] and all(row["ratio"] > 0 for row in rows)
-    assert rows[1]["operations"] > rows[1]["gpt_operations"] > 50
+    assert [row["kind"] for row in rows] == ["step", "token", "token"] and all(row["ratio"] > 0 for row in rows)
+    assert all(row["operations"] > row["gpt_operations"] > 50 and row["as_many"] > 0 for row in rows[1:])
     bench.main(flags)
     assert json.loads((tmp_path / "bench-smoke.json").read_text()) == rows
-    assert (tmp_path / "bench-smoke.md").read_text().count("\n| ") == 2
+    assert (tmp_path / "bench-smoke.md").read_text().count("\n| ") == 3
     assert (tmp_path / "bench-smoke.png").stat().st_size > 10_000
     assert "--preset" in exits(capsys, bench.main, ["--preset", "none"]).err

@@ -202,6 +202,17 @@ def test_entropy_is_set_against_streams(model):
     assert figures.spearman(a, b) == pytest.approx(0.7378648)         # ranks 1 2 3 4 against 1.5 1.5 4 3
 
 
+def test_streams_are_counted_by_kind_of_byte():
+    model = Tinybubbles(Config(block_size=16, n_embd=16, n_head=2, n_layer=3)).eval()
+    idx = torch.tensor(list(b"\tif (a_1)\n\t\tb")).repeat(3, 1)
+    found = figures.kinds(model, idx, (2.5,))["budget 2.5"]["kinds"]
+    count = figures.read_windows(model, idx[:1], 2.5)[0][0]
+    places = dict(tab=[0, 10, 11], newline=[9], blank=[3], underscore=[6], letter=[1, 2, 5, 12], digit=[7], other=[4, 8])
+    assert found.keys() == places.keys() and len(set(count)) > 1
+    for name, where in places.items():
+        assert found[name] == pytest.approx([count[where].mean()] * 3)
+
+
 def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     said = exits(capsys, figures.main, ["--figure", "budgets", "--results", "results"]).err
     assert "compare.py --preset text" in said
@@ -216,7 +227,7 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     none, some = [[0.5, 2.0], [1, 1], [1, 1]], [[0.5, 1.5], [1.5, 3], [1.25, 2]]
     runs = [graded(arm, seed, none, last) for arm, last in ((GPT, none), ("a mixture", some)) for seed in (0, 1)]
     Path("results/selection.json").write_text(json.dumps(dict(runs=runs)))
-    for name in ("entropy", "attention", "budgets", "placement"):
+    for name in ("entropy", "kinds", "attention", "budgets", "placement"):
         figures.main(["--figure", name, "--results", "results", "--windows", "8", "--device", "cpu"])
         assert Path(f"results/{name}.png").stat().st_size > 10000
     found = json.loads(Path("results/budgets.json").read_text())["found"]

@@ -1,14 +1,16 @@
 """The harness of experiments/compare.py: `python -m pytest tests/test_compare.py`."""
 import hashlib
+import io
 import json
 import math
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import compare
+from experiments import compare, linux
 from experiments.compare import GPT, Job, interval
 from programs import VERSE, exits
 from test_tinybubbles import random_model, tokens
@@ -152,6 +154,29 @@ def test_every_arm_of_every_preset_can_be_made(tmp_path, results):
                 trainer = job.trainer()
                 for budget in compare.ARMS[arm].budgets:
                     assert math.isfinite(trainer.loss(trainer.model, trainer.data.val_batch(0), budget).item())
+
+
+def test_linuxs_source_is_chosen_and_shuffled(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    contents = {f"linux-6.1/{name}": text for name, text in {
+        "a.c": b"a\n" * 90_000, "b/b.h": b"b\n" * 90_000, "b/c.S": b"c\n" * 90_000,
+        "d.rst": b"d\n" * 90_000, "e.txt": b"e\n" * 90_000, "f.c": b"f\n" * 90_000, "long.c": b"g\n" * 100_001,
+        "umlaut.c": "\u00fc".encode() * 80_000, "picture.svg": b"h" * 99, "Makefile": b"i" * 99,
+        "drivers/gpu/drm/amd/include/j.h": b"j\n" * 90_000}.items()}
+    with tarfile.open("linux.tar.xz", "w:xz") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    linux.main(["--tarball", "linux.tar.xz", "--megabytes", "1"])
+    text = Path("data/linux.txt").read_bytes()
+    assert len(text) == 6 * 180_000 and sorted(text[::180_000]) == list(b"abcdef") and text[::180_000] != b"abcdef"
+    assert hashlib.sha256(text).hexdigest() in capsys.readouterr().out
+    Path("cut.tar.xz").write_bytes(Path("linux.tar.xz").read_bytes()[:-99])
+    for flags, word in (("linux.tar.xz --megabytes 2", "1,080,000 bytes"), ("nowhere", "No such file"), ("cut.tar.xz", "cut.")):
+        said = exits(capsys, linux.main, ["--tarball", *flags.split()]).err
+        assert word in said and said.count("\n") == 1
+    assert Path("data/linux.txt").read_bytes() == text
 
 
 def test_bad_presets_are_refused(capsys):
