@@ -1,5 +1,5 @@
 """
-Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or text, scale, long, selection)
+Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or default, text, scale, long, selection)
 
 Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at
 the best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped
@@ -108,6 +108,7 @@ PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
+    "default": Preset("--device cpu", (GPT, "bubbles, r = 2"), 5, (8e-3,), (3000,)),
     "text": Preset(SMALL, (GPT, "deeper GPT", "wider GPT", "copy-2", "random selection", "bubbles, r = 2", "bubbles, r = 4",
                            "bubbles, elastic", "the paper's model", "pauses", "recurrent depth", "PonderLM-2",
                            "PonderLM-3"), 10, (8e-3, 4e-3, 16e-3), (2000,)),

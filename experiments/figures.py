@@ -2,8 +2,8 @@
 The pictures of the README: python experiments/figures.py --figure method    (every flag: --help)
 
 method: what the fork layers of tinybubbles.py do with the scores of the README's worked example. entropy, kinds and
-attention look at a trained checkpoint, entropy at that of a plain GPT too; budgets and placement draw what compare.py
-found. The numbers of a picture stand beside it, as JSON.
+attention look at a trained checkpoint, entropy at that of a plain GPT too; rivals, budgets and placement draw what
+compare.py found. The numbers of a picture stand beside it, as JSON.
 """
 import json
 import math
@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from experiments.compare import GPT, interval, less  # noqa: E402
+from experiments.compare import ARMS, GPT, interval, less  # noqa: E402
 from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
 from tools.files import load_checkpoint, make_folder  # noqa: E402
@@ -297,7 +297,29 @@ def draw_attention(found, axes):
     axes.set_ylabel("attention of an original with forks\nto one such stream")
 
 
-def budgets(runs):
+SHOWN = GPT, "deeper GPT", "wider GPT", "copy-2", "bubbles, r = 2", "bubbles, r = 4", "recurrent depth", "PonderLM-2"
+
+
+def rivals(runs, measured):
+    """Of the arms SHOWN: FLOPs of a generated token as multiples of the plain GPT's, and the loss less the plain GPT's,
+    from compare.py's runs: mean and half its interval."""
+    last, flops = list(runs[0]["loss"])[-1], lambda arm: list(measured[arm]["flops"].values())[0]
+    return {arm: [flops(arm) / flops(GPT), *interval(less(runs, arm, GPT, last, f"{ARMS[arm].budgets[0]:g}"))]
+            for arm in SHOWN if arm in measured}
+
+
+def draw_rivals(found, axes):
+    axes.axhline(0, color="black", linewidth=1)
+    for arm, (flops, mean, half) in found.items():
+        color = COLORS[1] if "bubbles" in arm else "#555555"
+        axes.errorbar(flops, mean, half, color=color, marker="o", capsize=3)
+        axes.annotate(arm, (flops, mean), (7, 5), textcoords="offset points", color=color, fontsize=9)
+    axes.margins(x=0.15)
+    axes.set(xlabel="FLOPs of a generated token, times the plain GPT's",
+             ylabel="loss less the plain GPT's, nats (lower is better)")
+
+
+def budgets(runs, measured):
     """At each budget the loss of bubbles less the plain GPT's, from compare.py's runs: mean and half its interval."""
     last, found = list(runs[0]["loss"])[-1], {}
     for arm in ("bubbles, r = 2", "bubbles, elastic"):
@@ -314,7 +336,7 @@ def draw_budgets(found, axes):
     axes.set(xlabel="budget at inference, streams per token", ylabel="loss less a plain GPT's, nats (lower is better)")
 
 
-def placement(runs):
+def placement(runs, measured):
     """Of each mixture and the plain GPT after each mark, from compare.py's runs on urns: how many streams a hard token
     has more than an easy one, the sum of its P, and the nats by which it misses the least loss, with half intervals."""
     found = {}
@@ -338,10 +360,10 @@ def draw_placement(found, axes):
         panel.set(xscale="log", xlabel="step", ylabel=name)
 
 
-DRAW = dict(entropy=draw_entropy, kinds=draw_kinds, attention=draw_attention, budgets=draw_budgets,
+DRAW = dict(rivals=draw_rivals, entropy=draw_entropy, kinds=draw_kinds, attention=draw_attention, budgets=draw_budgets,
             placement=draw_placement)
 PANELS = dict(kinds=2, placement=3)
-OF_RUNS = dict(budgets=("text", budgets), placement=("selection", placement))
+OF_RUNS = dict(rivals=("text", rivals), budgets=("text", budgets), placement=("selection", placement))
 
 
 @dataclass
@@ -362,8 +384,9 @@ def measure(s):
         path = Path(s.results) / f"{preset}.json"
         if not path.exists():
             refuse(f"there is no {path}; run compare.py --preset {preset} first, or name its folder with --results")
-        runs = json.loads(path.read_text())["runs"]
-        return read(runs), f"{len({run['seed'] for run in runs})} paired seeds, 95 % intervals"
+        whole = json.loads(path.read_text())
+        runs = whole["runs"]
+        return read(runs, whole["measured"]), f"{len({run['seed'] for run in runs})} paired seeds, 95 % intervals"
     device = choose_device(s.device)
     best, last = "best.pt", "ckpt.pt"                                 # compare.py's runs have the last alone
     load = lambda folder: load_checkpoint(Path(folder) / (best if (Path(folder) / best).exists() else last), device)
@@ -400,7 +423,8 @@ def main(argv):
         axes = figure.subplots(1, panels)
         DRAW[s.figure](found, axes)
         beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if panels > 1 else {}
-        figure.axes[-1].legend(frameon=False, fontsize=9, **beside)
+        if s.figure != "rivals":                                      # whose points have their names beside them
+            figure.axes[-1].legend(frameon=False, fontsize=9, **beside)
         figure.supxlabel(note, fontsize=9)
         figure.savefig(path, dpi=130)
         plt.close(figure)

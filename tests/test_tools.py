@@ -84,8 +84,9 @@ def test_a_closed_pipe_ends_the_sampler_quietly(folder):
 
 
 def readme_commands():
-    """The commands of the bash blocks of both READMEs that run a script of ours."""
-    text = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "experiments/README.md"))
+    """The commands of the bash blocks of the READMEs that run a script of ours."""
+    text = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "tools/README.md",
+                                                              "experiments/README.md"))
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     lines = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("#")[0].split("&&")]
     ours = r"python (train|sample)\.py|python experiments/|python -m torch"
