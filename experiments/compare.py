@@ -296,30 +296,41 @@ def less(runs, arm, other, mark, budget):
 
 
 def write_table(path, runs, found, marks, beside, about):
-    """A row for each arm and budget, after the last step; and the differences after earlier ones."""
-    lines = ["| | budget | seeds | rate | parameters | training MFLOPs per token | MFLOPs of a generated token | loss | "
-             f"less the plain GPT's | less that of {beside} |", "|" + "---|" * 10]
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        one = next(run for run in runs if run["arm"] == arm)
+    """A row for each arm and budget, after the last step; the differences after each mark; and what a task graded."""
+    arms, first = list(dict.fromkeys(run["arm"] for run in runs)), lambda arm: f"{ARMS[arm].budgets[0]:g}"
+    lines = table_lines("", "budget", "seeds", "rate", "parameters", "training MFLOPs per token",
+                        "MFLOPs of a generated token", "loss", "less the plain GPT's", f"less that of {beside}")
+    for arm in arms:
+        one, m = next(run for run in runs if run["arm"] == arm), found.get(arm, {})
         for budget in one["loss"][str(marks[-1])]:
-            loss, m = list(by_seed(runs, arm, marks[-1], budget).values()), found.get(arm, {})
-            first = budget == f"{ARMS[arm].budgets[0]:g}"
+            loss = list(by_seed(runs, arm, marks[-1], budget).values())
             pairs = [less(runs, arm, other, marks[-1], budget) for other in (GPT, beside)]
-            cells = [arm, budget, len(loss), f"{one['rate']:g}", f"{one['parameters']:,}",
-                     f"{m['train_flops'] / 1e6:.2f}" if m and first else "",
-                     f"{m['flops'][budget] / 1e6:.2f}" if budget in m.get("flops", {}) else "",
-                     show(loss), *(show(pair, "+") if pair and any(pair) else "" for pair in pairs)]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    for mark in marks[:-1]:
-        lines += ["", f"After {mark} steps, loss less the plain GPT's: " + "; ".join(
-            f"{arm} {show(less(runs, arm, GPT, mark, f'{ARMS[arm].budgets[0]:g}'), '+')}"
-            for arm in dict.fromkeys(run["arm"] for run in runs) if arm != GPT) + "."]
-    for arm in dict.fromkeys(run["arm"] for run in runs if "grade" in run):
-        grades = np.array([run["grade"][str(marks[-1])] for run in runs if run["arm"] == arm])
-        lines += ["", f"{arm}, of easy and of hard tokens: " + "; ".join(
-            f"{name} " + ", ".join(show(seeds) for seeds in part.T)
-            for name, part in zip(("nats above the least", "streams", "sum of their P"), grades.swapaxes(0, 1)))]
+            lines.append(row(arm, budget, len(loss), f"{one['rate']:g}", f"{one['parameters']:,}",
+                             f"{m['train_flops'] / 1e6:.2f}" if m and budget == first(arm) else "",
+                             f"{m['flops'][budget] / 1e6:.2f}" if budget in m.get("flops", {}) else "",
+                             show(loss), *(show(pair, "+") if pair and any(pair) else "" for pair in pairs)))
+    if len(marks) > 1:
+        lines += ["", *table_lines("less the plain GPT's, after", *(f"{mark:,} steps" for mark in marks))]
+        lines += [row(arm, *(show(less(runs, arm, GPT, mark, first(arm)), "+") for mark in marks))
+                  for arm in arms if arm != GPT]
+    graded = [arm for arm in arms if any("grade" in run for run in runs if run["arm"] == arm)]
+    if graded:
+        names = [f"{kind} tokens: {name}" for name in ("nats above the least", "streams", "sum of their P")
+                 for kind in ("easy", "hard")]
+        lines += ["", *table_lines("", *names)]
+    for arm in graded:
+        grades = np.array([run["grade"][str(marks[-1])] for run in runs if run["arm"] == arm])    # (seeds, 3, 2)
+        lines.append(row(arm, *map(show, grades.reshape(len(grades), -1).T)))
     path.write_text("\n".join([*lines, "", about]) + "\n", encoding="utf-8")
+
+
+def row(*cells):
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table_lines(*titles):
+    """The head of a Markdown table."""
+    return [row(*titles), "|" + "---|" * len(titles)]
 
 
 def curves(runs, found, marks):

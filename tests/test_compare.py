@@ -139,7 +139,7 @@ def test_flops_are_counted_for_every_arm_and_drawn(results):
     assert found["copy-2"]["train_flops"] > 1.7 * found[GPT]["train_flops"]
     assert found["the paper's model"]["flops"]["2"] > 4 * found["bubbles, r = 2"]["flops"]["2"]  # it reads all anew
     table = Path("results/smoke.md").read_text("utf-8")
-    assert "| copy-2 | 2 | 2 | 0.004 |" in table and "After 5 steps" in table and "seeds 0 to 1" in table
+    assert "| copy-2 | 2 | 2 | 0.004 |" in table and "after | 5 steps | 10 steps |" in table and "seeds 0 to 1" in table
     runs = [dict(run, loss={"10": run["loss"]["10"]}) for run in results["runs"]]
     compare.draw(Path("results/pareto.png"), runs, found, (10,))
     for name in ("smoke", "pareto"):
