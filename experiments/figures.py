@@ -243,7 +243,7 @@ def draw_kinds(found, panels):
         mean, low, high = np.array(list(line["kinds"].values())).T
         panels[0].bar(np.arange(len(mean)) + 0.4 * i - 0.2, mean, 0.38, yerr=(mean - low, high - mean), capsize=3,
                       color=COLORS[i], label=budget)
-    panels[0].set_xticks(range(len(mean)), line["kinds"])
+    panels[0].set_xticks(range(len(mean)), line["kinds"], rotation=30)
     panels[0].set(xlabel="kind of byte", ylabel="streams per token, last block")
     draw_entropy(found, panels[1])
 
