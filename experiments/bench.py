@@ -7,6 +7,8 @@ positions as that of bubbles holds streams. The models take turns in one run, an
 times; on the CPU also how many operations PyTorch dispatches for a token. Rows go to a JSON file as they are measured,
 and a row that is there is not measured again.
 
+A row of kind "muon" sets a step of the default run's optimizers, Muon and AdamW, beside one of AdamW alone.
+
 A token attends by PyTorch's fused kernel, or by the plain equation written out: all models of a row by the same one.
 
 The preset gpu compiles all models, in bfloat16, and reads a token as CUDA graphs. Its rows, in bench-gpu.json, also
@@ -33,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 from tinybubbles import MLP, Config, Tinybubbles, init_matrix, quota  # noqa: E402
 from tools.files import make_folder, write_atomically  # noqa: E402
 from tools.program import choose_device, knob, read_flags  # noqa: E402
-from train import measure_bars  # noqa: E402
+from train import Settings as TrainSettings  # noqa: E402
+from train import make_optimizers, measure_bars  # noqa: E402
 
 SMALL = dict(n_layer=6, n_head=4, n_embd=128, fork_layers=(1, 2))
 MEDIUM = dict(n_layer=6, n_head=4, n_embd=256, fork_layers=(1, 2))
@@ -48,8 +51,11 @@ GPU_STEPS = [dict(kind="step", T=T, batch=16384 // T, budget=2.0, n_layer=6, n_h
                   fork_layers=(1, 2)) for width in (384, 768, 1024) for T in (512, 1024)]
 GPU_TOKENS = [dict(kind="token", T=T, batch=batch, budget=2.0, attention=attention, **LARGE)
               for T in (1024, 4096, 256) for batch in (1, 64) for attention in ("fused", "plain")]
-SMOKE = [dict(kind="step", T=16, batch=1, budget=2.0, **TINY),
-         *(dict(kind="token", T=16, batch=1, budget=2.0, attention=attention, **TINY) for attention in ("fused", "plain"))]
+DEFAULT = dict(kind="muon", T=128, batch=8, budget=2.0, n_layer=4, n_head=4, n_embd=128, fork_layers=(1, 2))
+SCALE = dict(kind="muon", T=512, batch=32, budget=2.0, n_layer=8, n_head=6, n_embd=384, fork_layers=(2, 4, 6))
+SMOKE = [dict(kind="muon", T=16, batch=1, budget=2.0, **TINY),
+         dict(kind="step", T=16, batch=1, budget=2.0, **TINY),
+         *(dict(kind="token", T=16, batch=1, budget=2.0, attention=way, **TINY) for way in ("fused", "plain"))]
 
 
 class Preset(NamedTuple):
@@ -62,8 +68,8 @@ STEP = "a step, beside a GPT of as many positions"
 TOKEN = "a token, beside a GPT of as many tokens"
 TOKEN_OF_STREAMS = "a token, beside a GPT of as many positions"
 RATIOS = {STEP: ("step", "ratio"), TOKEN: ("token", "ratio"), TOKEN_OF_STREAMS: ("token", "as_many")}  # kind, key
-PRESETS = dict(cpu=Preset(STEPS + TOKENS, 10, {STEP: 1.05, TOKEN: 1.6}),
-               gpu=Preset(GPU_TOKENS + GPU_STEPS, 10, {STEP: 1.05, TOKEN_OF_STREAMS: 1.3}),
+PRESETS = dict(cpu=Preset([DEFAULT] + STEPS + TOKENS, 10, {STEP: 1.05, TOKEN: 1.6}),
+               gpu=Preset([SCALE] + GPU_TOKENS + GPU_STEPS, 10, {STEP: 1.05, TOKEN_OF_STREAMS: 1.3}),
                smoke=Preset(SMOKE, 2, {STEP: 1.05, TOKEN: 1.6}))
 
 
@@ -181,7 +187,7 @@ def training_step(row, config, rounds, device):
     gpu, times = device.type == "cuda", 8 if device.type == "cuda" else 1
     counts = positions_per_block(config, row["T"])
     idx = torch.randint(256, (row["batch"], row["T"]), device=device)
-    steps = [new_step(model.to(device), idx) for model in (Tinybubbles(config), GPT(config, counts))]
+    steps = [new_step(model.to(device), idx, "adamw") for model in (Tinybubbles(config), GPT(config, counts))]
     seconds = shortest([lambda step=step: repeat(times, step) for step in steps], rounds, device)
     bubbles, plain = (total / times for total in seconds)
     found = dict(ratio=bubbles / plain)
@@ -191,6 +197,14 @@ def training_step(row, config, rounds, device):
                       gpt_share=flops / plain / ceiling, ceiling=ceiling)
         print_kernels(steps[0])
     return found
+
+
+def optimizers_step(row, config, rounds, device):
+    """A step of bubbles by Muon and AdamW, beside one by AdamW alone."""
+    idx, times = torch.randint(256, (row["batch"], row["T"]), device=device), 8 if device.type == "cuda" else 1
+    steps = [new_step(Tinybubbles(config).to(device), idx, optimizer) for optimizer in ("muon", "adamw")]
+    muon, adamw = shortest([lambda step=step: repeat(times, step) for step in steps], rounds, device)
+    return dict(beside_adamw=muon / adamw) | (dict(ms=1000 * muon / times) if device.type == "cuda" else {})
 
 
 def positions_per_block(config, T):
@@ -204,18 +218,20 @@ def positions_per_block(config, T):
     return counts
 
 
-def new_step(model, idx):
-    """A function that trains the model for one step; on a GPU compiled, and in bfloat16."""
+def new_step(model, idx, optimizer):
+    """A function that trains the model for one step with train.py's --optimizer; on a GPU compiled, and in bfloat16."""
     gpu = idx.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu)
+    optimizers = make_optimizers(model, TrainSettings(optimizer=optimizer, learning_rate=1e-4), idx.device)
     run = torch.compile(model) if gpu else model
 
     def step():
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=gpu):
             _, loss = run(idx, idx)
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     return step
 
 
@@ -314,7 +330,9 @@ def measure(row, rounds, gpu):
     room = 8 * rounds + 16 if row["kind"] == "token" else 0     # for the tokens that are read to be timed and counted
     config = Config(block_size=row["T"] + room, n_layer=row["n_layer"], n_head=row["n_head"], n_embd=row["n_embd"],
                     fork_layers=row["fork_layers"], budget=row["budget"])
-    if row["kind"] == "step":
+    if row["kind"] == "muon":
+        found = optimizers_step(row, config, rounds, device)
+    elif row["kind"] == "step":
         found = training_step(row, config, rounds, device)
     else:
         attend = plain_attention if row["attention"] == "plain" else FUSED
@@ -328,15 +346,16 @@ def measure(row, rounds, gpu):
 
 def write_table(path, rows, about):
     """The rows as a Markdown table, in brackets the GPT's numbers."""
-    lines = ["| | attention | blocks, width | T | batch | r | times a GPT's of as many tokens | of as many positions | ms "
-             "| share of the ceiling | operations | faster than reading anew |", "|" + "---|" * 12]
-    both = lambda row, name, form: f"{row[name]:{form}} ({row['gpt_' + name]:{form}})" if name in row else ""
+    lines = ["| | attention | blocks, width | T | batch | r | times a GPT's of as many tokens | of as many positions | "
+             "AdamW's | ms | share of the ceiling | operations | faster than reading anew |", "|" + "---|" * 13]
+    both = lambda row, name, form: "" if name not in row else f"{row[name]:{form}}" + (
+        f" ({row['gpt_' + name]:{form}})" if "gpt_" + name in row else "")
     ratio = lambda row, key: f"{row[key]:.2f}" if key in row else ""
     for row in rows:
-        tokens, positions = ("ratio", "as_many") if row["kind"] == "token" else ("", "ratio")
+        tokens, positions = dict(token=("ratio", "as_many"), step=("", "ratio"), muon=("", ""))[row["kind"]]
         cells = (row["kind"], row.get("attention", "fused"), f"{row['n_layer']}, {row['n_embd']}", row["T"], row["batch"],
-                 f"{row['budget']:g}", ratio(row, tokens), ratio(row, positions), both(row, "ms", ".3f"),
-                 both(row, "share", ".0%"), both(row, "operations", "d"), f"{row['anew']:.0f}" if "anew" in row else "")
+                 f"{row['budget']:g}", ratio(row, tokens), ratio(row, positions), ratio(row, "beside_adamw"),
+                 both(row, "ms", ".3f"), both(row, "share", ".0%"), both(row, "operations", "d"), f"{row['anew']:.0f}" if "anew" in row else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     path.write_text("\n".join([*lines, "", about]) + "\n")
 

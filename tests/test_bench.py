@@ -61,10 +61,11 @@ def test_rows_are_measured_once_and_a_table_is_written(tmp_path, capsys):
     flags = ["--preset", "smoke", "--results", str(tmp_path)]
     bench.main(flags)
     rows = json.loads((tmp_path / "bench-smoke.json").read_text())
-    assert [row["kind"] for row in rows] == ["step", "token", "token"] and all(row["ratio"] > 0 for row in rows)
-    assert all(row["operations"] > row["gpt_operations"] > 50 and row["as_many"] > 0 for row in rows[1:])
+    assert [row["kind"] for row in rows] == ["muon", "step", "token", "token"]
+    assert rows[0]["beside_adamw"] > 0 and all(row["ratio"] > 0 for row in rows[1:])
+    assert all(row["operations"] > row["gpt_operations"] > 50 and row["as_many"] > 0 for row in rows[2:])
     bench.main(flags)
     assert json.loads((tmp_path / "bench-smoke.json").read_text()) == rows
-    assert (tmp_path / "bench-smoke.md").read_text().count("\n| ") == 3
+    assert (tmp_path / "bench-smoke.md").read_text().count("\n| ") == 4
     assert (tmp_path / "bench-smoke.png").stat().st_size > 10_000
     assert "--preset" in exits(capsys, bench.main, ["--preset", "none"]).err
