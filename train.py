@@ -45,8 +45,8 @@ class Settings:
     budget: tuple = knob((2.0,), "streams per token; several = elastic training, one drawn per step", "floats", low=1)
     paper: bool = knob(False, "the paper's model: originals fade, selection looks at later tokens, so no cache")
     dropout: float = knob(0.0, "share of activations dropped in training", low=0)
-    batch_size: int = knob(8, "windows per batch; a step has one batch of each process", low=1)
-    gradient_accumulation_steps: int = knob(1, "batches of each process per step, one after the other", low=1)
+    batch_size: int = knob(8, "windows per batch", low=1)
+    gradient_accumulation_steps: int = knob(1, "batches of each process in a step, one after the other", low=1)
     max_iters: int = knob(3000, "steps", low=0)
     optimizer: str = knob("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all",
                           choices=("muon", "adamw"))
@@ -88,7 +88,7 @@ def make_optimizers(model, s, device):
                                     adjust_lr_fn="match_rms_adamw")]
 
 
-def learning_rate(step, s):
+def get_lr(step, s):
     """Of both optimizers: a linear warm-up, then a straight line down to min_lr_share of the highest rate."""
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
@@ -99,7 +99,8 @@ def learning_rate(step, s):
 def measure_bars(model, idx, budgets):
     """Set the bars of `budgets` as the texts idx (B, T) say. A fork layer's bar depends on what the fork layers before it
     have chosen, so the layers are measured in their order, each by a pass of its own: its bar is forgotten, and a
-    forward pass in which this layer alone is in train mode sets it anew. The paper's model has no bars."""
+    forward pass sets it anew, as the layer is in train mode, it alone, and gradients are on. The paper's model has no
+    bars."""
     was_training = model.training
     model.eval()
     for budget in budgets if model.causal else ():
@@ -123,6 +124,7 @@ class Trainer:
         self.batches = self.world * s.gradient_accumulation_steps                    # per step
         self.data = in_turn(lambda: make_data(s), self.rank, self.world)             # the first one fetches it for all
         shared = {f.name: getattr(s, f.name) for f in dataclasses.fields(Config) if hasattr(s, f.name)}
+        # Of several budgets the largest is the model's own: the loss at it decides which checkpoint is the best.
         shared |= dict(budget=max(s.budget), bar_budgets=Config.bar_budgets + s.budget, vocab_size=self.data.vocab_size)
         torch.manual_seed(s.seed)
         self.model = or_refuse(lambda: make(Config(**shared), s.paper)).to(self.device)
@@ -174,7 +176,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def total(self, value):
-        """The sum of a number over the processes."""
+        """The sum of a tensor over the processes, in its place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
@@ -189,14 +191,14 @@ class Trainer:
         for number in range(self.rank * n, (self.rank + 1) * n):
             rng = self.random(number)
             batch = self.data.train_batch(rng)
-            torch.manual_seed(int(rng.integers(2**63)))               # dropout's
+            torch.manual_seed(int(rng.integers(2**63)))               # the seed of dropout
             part = self.loss(self.parallel, batch, budget, trace) / n
-            part.backward()
+            part.backward()                                           # DDP averages the gradients of each batch
             loss += part.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.step, s)
+                group["lr"] = get_lr(self.step, s)
             optimizer.step()
         self.step, self.val_loss = self.step + 1, None
         return loss, trace[-1][0]
@@ -211,6 +213,7 @@ class Trainer:
         for i in range(self.rank, n, self.world):
             if stop is not None and stop.asked:
                 break
+            # Not the compiled model, of which each budget would need a graph.
             loss += self.loss(self.model, self.data.val_batch(i), budget)
         self.model.train(was_training)
         loss = self.total(loss).item() / n
@@ -247,12 +250,12 @@ def train(trainer, folder, stop):
             clock = time.perf_counter()
 
         # Stop at the end, or if somebody asks for it: then what has just been evaluated is saved already.
-        is_saved = trainer.val_loss is not None
-        if is_last and is_saved:
+        is_evaluated = trainer.val_loss is not None
+        if is_last and is_evaluated:
             break
         if stop.agreed():
             check_losses(trainer, losses)
-            if folder and not is_saved:
+            if folder and not is_evaluated:
                 folder.save(trainer.checkpoint(), is_best=False)
             return tell(f"stopped after {trainer.step} steps; to go on: python train.py --resume --out_dir "
                         + shlex.quote(s.out_dir))
@@ -261,7 +264,8 @@ def train(trainer, folder, stop):
         loss, owner = trainer.train_step()
         losses.append(loss)
         if trainer.step % s.log_interval == 0:
-            steps, train_loss = len(losses), check_losses(trainer, losses)
+            steps = len(losses)
+            train_loss = check_losses(trainer, losses)
             seconds = (time.perf_counter() - clock) / steps           # per step
             tell_progress(trainer, folder, tell, train_loss, owner, seconds)
             clock = time.perf_counter()
@@ -281,8 +285,8 @@ def check_losses(trainer, losses):
 
 
 def evaluate_and_save(trainer, folder, stop, tell, is_last):
-    """Find the validation losses, save ckpt.pt, and best.pt if no loss was lower so far, and show a sample. If it is
-    stopped meanwhile, the loss stays unknown, and a resumed run finds it."""
+    """Find the validation loss at each budget. Save ckpt.pt, and best.pt too if the loss at the largest budget is the
+    lowest so far, and show a sample. If it is stopped meanwhile, the loss stays unknown, and a resumed run finds it."""
     s, losses = trainer.s, {}
     trainer.measure_other_bars()
     for budget in s.budget:
@@ -308,11 +312,12 @@ def evaluate_and_save(trainer, folder, stop, tell, is_last):
 def tell_progress(trainer, folder, tell, loss, owner, seconds):
     """Print and log how training stands; the last steps took `seconds` each."""
     s, tokens = trainer.s, trainer.s.batch_size * trainer.data.T      # tokens of one process's batch
-    tokens_per_s, streams = round(tokens * trainer.batches / seconds), (owner >= 0).sum().item() / tokens
+    tokens_per_s = round(tokens * trainer.batches / seconds)
+    streams = (owner >= 0).sum().item() / tokens                      # -1 is padding
     left = round(seconds * (s.max_iters - trainer.step))
     if folder:
         folder.write_row(dict(step=trainer.step, train_loss=round(loss, 6), ms_per_step=round(seconds * 1000, 1),
-                              learning_rate=learning_rate(trainer.step - 1, s),
+                              learning_rate=get_lr(trainer.step - 1, s),
                               tokens_per_s=tokens_per_s, streams_per_token=round(streams, 3)))
     tell(f"step {trainer.step:6d}   loss {loss:7.4f}   {seconds * 1000:8.1f} ms   {tokens_per_s:9,} tokens/s   "
          f"{streams:5.3f} streams/token   ETA {left // 60:3d}:{left % 60:02d}")
@@ -324,7 +329,7 @@ def summarize(trainer, folder, n_params, train_loss, minutes):
     best = folder.path / "best.pt"
     shown = [("steps", trainer.step), ("parameters", f"{n_params:,}"),
              ("train_loss", "no step was taken" if train_loss is None else f"{train_loss:.4f}"),
-             ("val_loss", f"{trainer.val_loss:.4f}"), ("minutes", f"{minutes:.1f}"), ("checkpoint", folder.checkpoint)]
+             ("val_loss", f"{trainer.val_loss:.4f}"), ("minutes", f"{minutes:.1f}"), ("checkpoint", folder.ckpt)]
     if best.exists():
         shown.append(("best", f"{best}, validation loss {trainer.best_val_loss:.4f}"))
     say("\n".join(f"{name + ':':12}{value}" for name, value in shown))
@@ -361,7 +366,7 @@ def main(argv):
             train(trainer, folder, stop)
             wait_for_all()                                            # gloo may abort one that leaves first
     except OSError as error:                                          # a full disk, say, while log.csv is written
-        then = "go on with --resume" if folder and folder.checkpoint.exists() else "start again"
+        then = "go on with --resume" if folder and folder.ckpt.exists() else "start again"
         refuse(f"{error.filename or s.out_dir} cannot be used ({error.strerror or error}); what was saved is kept; "
                f"{remedy(error, s.out_dir)}, then {then}")
     except (MemoryError, RuntimeError, ValueError) as error:

@@ -163,7 +163,7 @@ def test_compile_and_bfloat16_train_the_same_model(folder, monkeypatch):
 
 def test_the_learning_rate_warms_up_and_falls_along_a_line():
     s = train.Settings(learning_rate=1.0, min_lr_share=0.1, warmup_iters=10, max_iters=110)
-    rates = [train.learning_rate(step, s) for step in range(111)]
+    rates = [train.get_lr(step, s) for step in range(111)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))

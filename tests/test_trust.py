@@ -469,7 +469,7 @@ def test_a_step_takes_the_learning_rate_of_its_place_in_the_schedule():
     for step in (0, 3, 12, 19):
         one.step = step
         one.train_step()
-        rate = train.learning_rate(step, one.s)
+        rate = train.get_lr(step, one.s)
         assert [{group["lr"] for group in optimizer.param_groups} for optimizer in one.optimizers] == [{rate}, {rate}]
 
 

@@ -65,7 +65,7 @@ class RunFolder:
 
     def __init__(self, path, columns, step, start_over=False):
         """step: the step that the run goes on from, or None for a new run."""
-        self.path, self.log, self.checkpoint = path, path / "log.csv", path / "ckpt.pt"
+        self.path, self.log, self.ckpt = path, path / "log.csv", path / "ckpt.pt"
         make_folder(path, "--out_dir")
         self.lock()
         try:
@@ -77,7 +77,7 @@ class RunFolder:
     def begin(self, columns, step, start_over):
         """Begin a new log.csv, or go on with the old one; refuse to replace a run that nobody has asked to replace."""
         self.remove_scratch()                                         # of runs that were killed while they wrote
-        holds_a_run = self.checkpoint.exists() or (self.path / "best.pt").exists()
+        holds_a_run = self.ckpt.exists() or (self.path / "best.pt").exists()
         if holds_a_run and step is None and not start_over:
             refuse(f"--out_dir {self.path} holds a run: go on with it by --resume, name another --out_dir, or replace it "
                    "by --start_over")
