@@ -1,11 +1,11 @@
 """
-Bubbles beside their rivals: python experiments/compare.py --preset smoke        (or default, text, scale, long, selection)
+Bubbles beside their rivals: python experiments/compare.py --preset smoke        (every preset: --help)
 
-Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, then at
-the best of them with the other seeds. A run leaves a JSON file in --runs and is not made again; one that was stopped
-goes on from its last checkpoint. Then PRESET.json, .md and .png are written to --results, of whatever is done by then:
-validation loss, its paired difference to the plain GPT, and FLOPs as PyTorch counts them. What PRESET.json already
-says is kept: to add an arm or a seed, only that is trained.
+Every arm of a preset is trained on the same batches: at each learning rate of its grid with the first seed, at the best
+two of them with three seeds, and at the better of these with all. A run leaves a JSON file in --runs and is not made
+again; one that was stopped goes on from its last checkpoint. Then PRESET.json, .md and .png are written to --results,
+of whatever is done by then: validation loss, its paired difference to the plain GPT, and FLOPs as PyTorch counts them.
+What PRESET.json already says is kept: to add an arm or a seed, only that is trained.
 
 An arm is a line of ON_PLAYS or ON_URNS: flags of train.py, the budgets it is evaluated at, and a class of rivals.py at
 the most.
@@ -90,7 +90,7 @@ COLORS = {GPT: "#000000", "deeper GPT": "#000000", "wider GPT": "#000000",
 
 @dataclasses.dataclass
 class Preset:
-    """flags of train.py for every arm; the arms; how many seeds, from 0; learning rates in the order tried; the steps to
+    """flags of train.py for every arm; the arms; how many seeds, from 0; the learning rates to try; the steps to
     evaluate after, the last one being the run's end."""
     flags: str
     arms: tuple
@@ -109,9 +109,9 @@ PRESETS = {
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
     "default": Preset("--device cpu", (GPT, "bubbles, r = 2"), 5, (8e-3,), (3000,)),
-    "text": Preset(SMALL, (GPT, "deeper GPT", "wider GPT", "copy-2", "random selection", "bubbles, r = 2", "bubbles, r = 4",
-                           "bubbles, elastic", "the paper's model", "pauses", "recurrent depth", "PonderLM-2",
-                           "PonderLM-3"), 10, (8e-3, 4e-3, 16e-3), (2000,)),
+    "text": Preset(SMALL, (GPT, "deeper GPT", "wider GPT", "copy-2", "random selection", "bubbles, r = 2",
+                           "bubbles, r = 4", "bubbles, elastic", "the paper's model", "pauses", "recurrent depth",
+                           "PonderLM-2", "PonderLM-3"), 10, (8e-3, 16e-3, 32e-3), (2000,)),
     "long": Preset("--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 "
                    "--fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
@@ -120,9 +120,10 @@ PRESETS = {
                         "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
-    "scale": Preset("--device cuda --dataset data/linux.txt --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
-                    "--fork_layers 2,4,6 --batch_size 32", (GPT, "copy-2", "forked once", "bubbles, r = 2",
-                    "bubbles, r = 4", "random selection", "the authors' code"), 4, (2e-3,), (1860,), true_batches=4),
+    "scale": Preset("--device cuda --dataset data/linux.txt --compile --block_size 512 --n_layer 8 --n_head 6 "
+                    "--n_embd 384 --fork_layers 2,4,6 --batch_size 32",
+                    (GPT, "copy-2", "forked once", "bubbles, r = 2", "bubbles, r = 4", "random selection",
+                     "the authors' code"), 4, (2e-3,), (1860,), true_batches=4),
 }
 
 
@@ -407,14 +408,26 @@ def train_all(s, jobs):
             print(f"{job.arm}, rate {job.rate:g}, seed {job.seed}: {job.done()['loss']}", flush=True)
 
 
-def best_rate(jobs):
-    """Of an arm's jobs, one a rate: the rate of the lowest loss; None while one is not done."""
-    runs = [job.done() for job in jobs]
-    if not all(runs):
-        return None
-    budget = f"{ARMS[jobs[0].arm].budgets[0]:g}"
-    loss = [list(run["loss"].values())[-1][budget] for run in runs]
-    return jobs[int(np.nanargmin(loss))].rate
+def choose_rates(s, arms):
+    """The learning rate of each arm, as far as its runs are made: of the preset's rates the best two with one seed, of
+    these the better one with three."""
+    p = PRESETS[s.preset]
+    rates = {arm: p.rates for arm in arms}
+    for seeds, keep in ((1, 2), (min(3, p.seeds), 1)):
+        jobs = {arm: [[Job(s.preset, arm, rate, seed, s.runs) for seed in range(seeds)] for rate in rates[arm]]
+                for arm in rates}
+        if s.train:
+            train_all(s, [job for of_arm in jobs.values() for of_rate in of_arm for job in of_rate])
+        rates = {arm: best_rates(of_arm)[:keep] for arm, of_arm in jobs.items()
+                 if all(job.done() for of_rate in of_arm for job in of_rate)}
+    return {arm: best for arm, (best,) in rates.items()}
+
+
+def best_rates(jobs):
+    """Of an arm's jobs, a list for each rate: the rates, the one of the lowest mean loss first."""
+    last = lambda job: list(job.done()["loss"].values())[-1][f"{ARMS[job.arm].budgets[0]:g}"]
+    means = [np.mean([last(job) for job in of_rate]) for of_rate in jobs]
+    return tuple(jobs[i][0].rate for i in np.argsort(means))          # NaN comes last
 
 
 def recall(s):
@@ -449,22 +462,19 @@ def main(argv):
     make_folder(results, "--results")
     make_data(read_flags(TrainSettings, p.flags.split(), ""))         # once, before several processes want it
     rates, found = recall(s)
-    sweep = {arm: [Job(s.preset, arm, rate, 0, s.runs) for rate in p.rates] for arm in p.arms if arm not in rates}
-    if s.train:
-        train_all(s, [job for jobs in sweep.values() for job in jobs])
-    rates |= {arm: rate for arm, jobs in sweep.items() if (rate := best_rate(jobs))}
+    rates |= choose_rates(s, [arm for arm in p.arms if arm not in rates])
     jobs = [Job(s.preset, arm, rates[arm], seed, s.runs) for seed in range(p.seeds) for arm in p.arms if arm in rates]
     if s.train:
         train_all(s, jobs)
     done = [job for job in jobs if job.done()]
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
     found |= {job.arm: measure(job) for job in reversed(done) if job.trained() and job.arm not in found}
-    made = " and ".join(sorted({f"by {run['optimizer']} with commit {run['commit']} on {run['machine']}" for run in runs}))
+    made = {f"by {run['optimizer']} with commit {run['commit']} on {run['machine']}" for run in runs}
     seeds = max((run["seed"] for run in runs), default=0)
-    about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {seeds} (Student's t); "
-             f"differences are paired: same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; rates "
-             f"{', '.join(f'{rate:g}' for rate in p.rates)}, the best with seed 0. FLOPs as PyTorch counts them, empty "
-             f"room in caches included. Trained {made}.")
+    about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {seeds} (Student's t); differences are paired: "
+             f"same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; of the rates "
+             f"{', '.join(f'{rate:g}' for rate in p.rates)} the two best with seed 0, of these the better one with seeds "
+             f"0 to 2. FLOPs as PyTorch counts them, empty room in caches included. Trained {' and '.join(sorted(made))}.")
     missing = [arm for arm in p.arms if arm not in rates]
     missing += [f"{job.arm}, seed {job.seed}" for job in jobs if job not in done]
     whole = dict(about=about, missing=missing, runs=runs, measured=found)

@@ -124,13 +124,21 @@ def test_differences_are_paired_by_seed():
     assert compare.less(runs, "copy-2", GPT, 9, "2") == [-0.25, -0.5]
 
 
-def test_the_best_rate_is_the_one_of_the_lowest_loss(tmp_path, monkeypatch):
-    monkeypatch.setitem(compare.PRESETS, "mine", compare.Preset("", (GPT,), 1, (1e-3, 2e-3, 4e-3), (5,)))
-    jobs = [Job("mine", GPT, rate, 0, str(tmp_path)) for rate in (1e-3, 2e-3, 4e-3)]
-    assert compare.best_rate(jobs) is None
-    for job, loss in zip(jobs, (2.0, 1.0, math.nan)):
-        job.path().write_text(json.dumps(dict(loss={"5": {"1": loss}})))
-    assert compare.best_rate(jobs) == 2e-3
+def test_the_rate_is_the_better_with_three_seeds_of_the_two_best_with_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(compare.PRESETS, "mine", compare.Preset("", (GPT,), 5, (1e-3, 2e-3, 4e-3, 8e-3), (5,)))
+    s = compare.Settings(preset="mine", runs=str(tmp_path), train=False)
+
+    def finish(rate, *losses):
+        for seed, loss in enumerate(losses):
+            Job("mine", GPT, rate, seed, s.runs).path().write_text(json.dumps(dict(loss={"5": {"1": loss}})))
+    finish(1e-3, 0.5, 2.0, 2.0)
+    finish(2e-3, 2.0)
+    finish(4e-3, 1.0)
+    assert compare.choose_rates(s, [GPT]) == {}
+    finish(8e-3, math.nan)
+    assert compare.choose_rates(s, [GPT]) == {}
+    finish(4e-3, 1.0, 1.0, 1.0)
+    assert compare.choose_rates(s, [GPT]) == {GPT: 4e-3}
 
 
 def test_flops_are_counted_for_every_arm_and_drawn(results):
