@@ -313,8 +313,10 @@ def draw_rivals(found, axes):
     for arm, (flops, mean, half) in found.items():
         color = COLORS[1] if "bubbles" in arm else "#555555"
         axes.errorbar(flops, mean, half, color=color, marker="o", capsize=3)
-        axes.annotate(arm, (flops, mean), (7, 5), textcoords="offset points", color=color, fontsize=9)
-    axes.margins(x=0.15)
+        left = arm == "deeper GPT"                                    # on the right is the wider one's interval
+        axes.annotate(arm, (flops, mean), (-7 if left else 7, 5), ha="right" if left else "left",
+                      textcoords="offset points", color=color, fontsize=9)
+    axes.margins(x=0.2)
     axes.set(xlabel="FLOPs of a generated token, times the plain GPT's",
              ylabel="loss less the plain GPT's, nats (lower is better)")
 
@@ -363,7 +365,7 @@ def draw_placement(found, axes):
 DRAW = dict(rivals=draw_rivals, entropy=draw_entropy, kinds=draw_kinds, attention=draw_attention, budgets=draw_budgets,
             placement=draw_placement)
 PANELS = dict(kinds=2, placement=3)
-OF_RUNS = dict(rivals=("text", rivals), budgets=("text", budgets), placement=("selection", placement))
+OF_RUNS = dict(rivals=("text-adamw", rivals), budgets=("text-adamw", budgets), placement=("selection", placement))
 
 
 @dataclass

@@ -215,14 +215,14 @@ def test_streams_are_counted_by_kind_of_byte():
 
 def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     said = exits(capsys, figures.main, ["--figure", "budgets", "--results", "results"]).err
-    assert "compare.py --preset text" in said
+    assert "text-adamw.json" in said
     assert "out-gpt holds" in exits(capsys, figures.main, ["--figure", "attention", "--out_dir", "out-gpt"]).err
     train.main([*TINY, "--block_size", "8", "--max_iters", "1", "--fork_layers", "none", "--out_dir", "short"])
     assert "block_size" in exits(capsys, figures.main, ["--figure", "entropy", "--gpt_dir", "short"]).err
     run = lambda arm, seed, loss: dict(arm=arm, seed=seed, loss={"9": loss})
     runs = [run(GPT, 0, {"1": 1.0}), run(GPT, 1, {"1": 2.0}), run("bubbles, r = 2", 0, {"2": 0.9, "1": 1.1}),
             run("bubbles, r = 2", 1, {"2": 1.7, "1": 2.1}), run("bubbles, elastic", 0, {"2": 0.5})]
-    Path("results/text.json").write_text(json.dumps(dict(runs=runs, measured={
+    Path("results/text-adamw.json").write_text(json.dumps(dict(runs=runs, measured={
         GPT: dict(flops={"1": 2e6}), "bubbles, r = 2": dict(flops={"2": 3e6, "1": 2e6})})))
     graded = lambda arm, seed, *grades: dict(arm=arm, seed=seed, grade=dict(zip("59", grades)))
     none, some = [[0.5, 2.0], [1, 1], [1, 1]], [[0.5, 1.5], [1.5, 3], [1.25, 2]]
