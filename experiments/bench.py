@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tinybubbles import MLP, Config, Tinybubbles, init_matrix, quota  # noqa: E402
-from tools.files import make_folder, write_atomically  # noqa: E402
+from tools.files import make_folder, read_json, write_atomically  # noqa: E402
 from tools.program import choose_device, knob, read_flags  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import make_optimizers, measure_bars  # noqa: E402
@@ -393,7 +393,7 @@ def main(argv):
     preset = PRESETS[s.preset]
     path = Path(s.results) / ("bench.json" if s.preset == "cpu" else f"bench-{s.preset}.json")
     make_folder(path.parent, "--results")
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = read_json(path) if path.exists() else []
     for row in json.loads(json.dumps(preset.rows)):                                 # as JSON has them: lists, no tuples
         if not any(row.items() <= done.items() for done in rows):
             rows.append(measure(row, preset.rounds, s.preset == "gpu"))

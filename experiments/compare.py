@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 from experiments import rivals  # noqa: E402
 from tasks.text import make_data  # noqa: E402
 from tinybubbles import PaperTinybubbles, Tinybubbles  # noqa: E402
-from tools.files import make_folder, write_atomically  # noqa: E402
-from tools.program import knob, read_flags  # noqa: E402
+from tools.files import make_folder, read_json, write_atomically  # noqa: E402
+from tools.program import knob, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import Trainer  # noqa: E402
 
@@ -149,7 +149,7 @@ class Job:
 
     def done(self):
         """What the run's JSON says, if it is whole: a run that lacks a budget is evaluated again, not trained."""
-        run = json.loads(self.path().read_text()) if self.path().exists() else dict(loss={})
+        run = read_json(self.path()) if self.path().exists() else dict(loss={})
         last = run["loss"].get(str(PRESETS[self.preset].marks[-1]), {})
         return run if all(f"{budget:g}" in last for budget in ARMS[self.arm].budgets) else None
 
@@ -434,10 +434,13 @@ def recall(s):
     """What PRESET.json says of today's arms: their runs return to --runs. Returns each arm's rate, and what was
     measured of it."""
     path, arms, rates = Path(s.results) / f"{s.preset}.json", PRESETS[s.preset].arms, {}
-    told = json.loads(path.read_text()) if path.exists() else dict(runs=[], measured={})
+    told = read_json(path) if path.exists() else dict(runs=[], measured={})
     for run in told["runs"]:
         job = Job(s.preset, run["arm"], run["rate"], run["seed"], s.runs)
-        if job.arm in arms and job.flags() == run["flags"]:
+        if job.arm in arms and job.flags() != run["flags"]:
+            refuse(f"{path} holds runs that were made with other flags, as {run['flags']!r}; name another folder with "
+                   "--results")
+        if job.arm in arms:
             rates[job.arm] = job.rate
             if not job.path().exists():
                 job.path().write_text(json.dumps(run))
@@ -467,6 +470,8 @@ def main(argv):
     if s.train:
         train_all(s, jobs)
     done = [job for job in jobs if job.done()]
+    if GPT not in {job.arm for job in done}:
+        refuse(f"no run of the {GPT} is done in --runs {s.runs}, so there is nothing to compare with; train it first")
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
     found |= {job.arm: measure(job) for job in reversed(done) if job.trained() and job.arm not in found}
     made = {f"by {run['optimizer']} with commit {run['commit']} on {run['machine']}" for run in runs}
@@ -485,4 +490,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; what is done is kept, and the same command goes on") from None

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.compare import ARMS, GPT, interval, less  # noqa: E402
 from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
-from tools.files import load_checkpoint, make_folder  # noqa: E402
+from tools.files import load_checkpoint, make_folder, read_json  # noqa: E402
 from tools.pictures import count_streams  # noqa: E402
 from tools.program import choose_device, knob, or_refuse, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
@@ -386,9 +386,12 @@ def measure(s):
         path = Path(s.results) / f"{preset}.json"
         if not path.exists():
             refuse(f"there is no {path}; run compare.py --preset {preset} first, or name its folder with --results")
-        whole = json.loads(path.read_text())
+        whole = read_json(path)
         runs = whole["runs"]
         return read(runs, whole["measured"]), f"{len({run['seed'] for run in runs})} paired seeds, 95 % intervals"
+    most = 3 if s.figure == "kinds" else 1
+    if len(s.budget) > most:
+        refuse(f"--budget of --figure {s.figure} is {most} number{'s' * (most > 1)} at most, not {len(s.budget)}; leave out some")
     device = choose_device(s.device)
     best, last = "best.pt", "ckpt.pt"                                 # compare.py's runs have the last alone
     load = lambda folder: load_checkpoint(Path(folder) / (best if (Path(folder) / best).exists() else last), device)

@@ -216,6 +216,8 @@ def test_streams_are_counted_by_kind_of_byte():
 def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     said = exits(capsys, figures.main, ["--figure", "budgets", "--results", "results"]).err
     assert "text-adamw.json" in said
+    for name, budgets in (("kinds", "1,2,3,4"), ("entropy", "1.5,2")):
+        assert "at most" in exits(capsys, figures.main, ["--figure", name, "--budget", budgets]).err
     assert "out-gpt holds" in exits(capsys, figures.main, ["--figure", "attention", "--out_dir", "out-gpt"]).err
     train.main([*TINY, "--block_size", "8", "--max_iters", "1", "--fork_layers", "none", "--out_dir", "short"])
     assert "block_size" in exits(capsys, figures.main, ["--figure", "entropy", "--gpt_dir", "short"]).err

@@ -154,6 +154,19 @@ def test_flops_are_counted_for_every_arm_and_drawn(results):
         assert Path(f"results/{name}.png").stat().st_size > 10_000
 
 
+def test_results_are_never_lost(results, capsys):
+    """Not to other flags, not to a damaged file, not to runs that are not there."""
+    whole = json.loads(Path("results/smoke.json").read_text())
+    whole["runs"][0]["flags"] += " --dropout 0.1"
+    Path("other").mkdir()
+    for text, word in ((json.dumps(whole), "other flags"), ('{"runs": [', "cannot be read as JSON")):
+        Path("other/smoke.json").write_text(text)
+        said = exits(capsys, compare.main, ["--results", "other", "--train", "false"]).err
+        assert word in said and said.count("\n") == 1 and Path("other/smoke.json").read_text() == text
+    said = exits(capsys, compare.main, ["--results", "none", "--runs", "no-runs", "--train", "false"]).err
+    assert "nothing to compare with" in said and not list(Path("none").iterdir())
+
+
 def test_every_arm_of_every_preset_can_be_made(tmp_path, results):
     for preset, p in compare.PRESETS.items():
         for arm in p.arms:
@@ -181,7 +194,8 @@ def test_linuxs_source_is_chosen_and_shuffled(tmp_path, monkeypatch, capsys):
     assert len(text) == 6 * 180_000 and sorted(text[::180_000]) == list(b"abcdef") and text[::180_000] != b"abcdef"
     assert hashlib.sha256(text).hexdigest() in capsys.readouterr().out
     Path("cut.tar.xz").write_bytes(Path("linux.tar.xz").read_bytes()[:-99])
-    for flags, word in (("linux.tar.xz --megabytes 2", "1,080,000 bytes"), ("nowhere", "No such file"), ("cut.tar.xz", "cut.")):
+    for flags, word in (("linux.tar.xz --megabytes 2", "1,080,000 bytes"), ("nowhere", "No such file"), ("cut.tar.xz", "cut."),
+                        ("linux.tar.xz --megabytes 1 --out data", "not a file that can be replaced")):
         said = exits(capsys, linux.main, ["--tarball", *flags.split()]).err
         assert word in said and said.count("\n") == 1
     assert Path("data/linux.txt").read_bytes() == text

@@ -3,6 +3,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import json
 import os
 import zipfile
 
@@ -23,6 +24,8 @@ RUN_FILES = "ckpt.pt", "best.pt", "log.csv"
 def write_atomically(path, write):
     """Have `write(file)` fill a new file beside `path`, then put it in its place: whoever looks sees all or nothing,
     after a crash too. If that fails, it is a refusal, and what was there stays."""
+    if path.exists() and not path.is_file():
+        refuse(f"{path} is not a file that can be replaced; name another one")
     os.replace(write_beside(path, write), path)
 
 
@@ -39,14 +42,21 @@ def write_beside(path, write):
             scratch.unlink()
         disk = error.__context__ if isinstance(error, RuntimeError) else error       # torch.save's own hides the disk's
         reason = getattr(disk, "strerror", None) or str(error).splitlines()[0]
-        refuse(f"{path} cannot be written ({reason}), and what was there is kept; {remedy(disk, path.parent)}, then go on "
-               "with --resume")
+        refuse(f"{path} cannot be written ({reason}), and what was there is kept; {remedy(disk, path.parent)}, then go on")
     return scratch
 
 
 def remedy(error, folder):
     """What to do about an error while a file in this folder was written."""
     return "make room" if getattr(error, "errno", None) in NO_ROOM else f"see to the folder {folder}"
+
+
+def read_json(path):
+    """What a JSON file says, or a refusal."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        refuse(f"{path} cannot be read as JSON ({error}); remove it, or put the whole file back")
 
 
 def make_folder(path, flag):
