@@ -458,6 +458,17 @@ def a_run_a_line(whole):
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {lines(value)}" for key, value in whole.items()) + "\n}\n"
 
 
+def describe(p, runs):
+    """What the numbers of a preset's runs are, and how they were made."""
+    rates = f"learning rate {p.rates[0]:g}" if len(p.rates) == 1 else (
+        f"of the learning rates {', '.join(f'{rate:g}' for rate in p.rates)} the two best with seed 0, of these the "
+        "better one with seeds 0 to 2")
+    made = {f"by {run['optimizer']} with commit {run['commit']} on {run['machine']}" for run in runs}
+    return (f"Nats per target, ± half a 95 % interval over seeds 0 to {max(run['seed'] for run in runs)} (Student's t); "
+            f"differences are paired: same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; {rates}. FLOPs as "
+            f"PyTorch counts them, empty room in caches included. Trained {' and '.join(sorted(made))}.")
+
+
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     p, results = PRESETS[s.preset], Path(s.results)
@@ -474,12 +485,7 @@ def main(argv):
         refuse(f"no run of the {GPT} is done in --runs {s.runs}, so there is nothing to compare with; train it first")
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
     found |= {job.arm: measure(job) for job in reversed(done) if job.trained() and job.arm not in found}
-    made = {f"by {run['optimizer']} with commit {run['commit']} on {run['machine']}" for run in runs}
-    seeds = max((run["seed"] for run in runs), default=0)
-    about = (f"Nats per target, ± half a 95 % interval over seeds 0 to {seeds} (Student's t); differences are paired: "
-             f"same seed, same batches. {p.marks[-1]} steps, `{p.flags}`; of the rates "
-             f"{', '.join(f'{rate:g}' for rate in p.rates)} the two best with seed 0, of these the better one with seeds "
-             f"0 to 2. FLOPs as PyTorch counts them, empty room in caches included. Trained {' and '.join(sorted(made))}.")
+    about = describe(p, runs)
     missing = [arm for arm in p.arms if arm not in rates]
     missing += [f"{job.arm}, seed {job.seed}" for job in jobs if job not in done]
     whole = dict(about=about, missing=missing, runs=runs, measured=found)
