@@ -365,7 +365,7 @@ def draw_placement(found, axes):
 DRAW = dict(rivals=draw_rivals, entropy=draw_entropy, kinds=draw_kinds, attention=draw_attention, budgets=draw_budgets,
             placement=draw_placement)
 PANELS = dict(kinds=2, placement=3)
-OF_RUNS = dict(rivals=("text-adamw", rivals), budgets=("text-adamw", budgets), placement=("selection", placement))
+OF_RUNS = dict(rivals=("text-adamw", rivals), budgets=("text", budgets), placement=("selection", placement))
 
 
 @dataclass
