@@ -173,7 +173,7 @@ class Tinybubbles(nn.Module):
     def check(self, idx, targets, budget, cache):
         """Refuse with ValueError what cannot be done, and change nothing. Returns the budget of this call."""
         budget = self.spendable(budget)
-        left = self.config.block_size - (0 if cache is None else cache.length)
+        left = self.config.block_size if cache is None else cache.block_size - cache.length
         if left == 0:
             raise ValueError(f"the cache is full with block_size = {cache.length} tokens; clear it or make another")
         if idx.dim() != 2 or len(idx) == 0 or not 1 <= idx.size(1) <= left:
@@ -512,7 +512,7 @@ class Cache:
     def __init__(self, model, rows, budget, segment_budgets, segment_of_block):
         config, weight = model.config, model.wte.weight
         device, d = weight.device, config.n_embd // config.n_head
-        self.rows, self.budget = rows, budget
+        self.rows, self.budget, self.block_size = rows, budget, config.block_size
         self.length = 0                                                               # tokens read so far
         self.filled = torch.zeros(len(segment_budgets), rows, 1, dtype=torch.int64, device=device)
         # At least one slot more than the quota of a full context, as padding may be written to the last one

@@ -45,6 +45,8 @@ def test_bad_calls_are_refused_and_leave_the_cache_alone():
             assert_refused(model, "idx must be .* block_size", bad, cache=cache)
         for targets in (idx[:, 1:], idx[:1], idx[0]):
             assert_refused(model, "targets", idx, targets, cache=cache)
+    longer = random_model(0, block_size=48)                           # its caches have more room than this one
+    assert_refused(longer, "idx must be .* from 1 to 12", tokens(0, T=13), cache=used)
     for rows in (tokens(0, B=1), tokens(0, B=3)):
         assert_refused(model, "for 2 rows .* new_cache", rows, cache=used)
     assert_refused(model, "budgets up to 2, .* new_cache", idx, budget=3.0, cache=used)
