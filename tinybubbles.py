@@ -14,7 +14,7 @@ Words used here, each with one meaning:
     token       a position of the input
     stream      one residual vector; a token owns one or more of them, side by side
     original    the rightmost stream of a token, which is never deleted
-    fork        any other stream; it starts as a copy of its parent stream and stands left of it
+    fork        any other stream; it starts as its parent stream plus a learned vector, and stands left of it
     candidate   what a fork layer chooses from: for each stream, a new fork of it and the stream itself
     extra       a candidate that is not an original: a new fork, or an old fork that would stay
     score       the probability that a fork layer gives to a candidate; the code works with its log
@@ -23,15 +23,15 @@ Words used here, each with one meaning:
     budget r    how many streams a token may own on average (in the picture 1.5)
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
     bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a
-                list. It is measured by the forward passes that train at its budget (or at one that is not in
-                the list, and for which this is the next higher). A budget that was never trained uses the bar
-                of the next higher budget that was
+                list. A forward pass that trains measures the bar of its budget, or, if the list lacks that
+                budget, of the next higher one. A budget that was never trained uses the bar of the next higher
+                budget that was
     segment     the blocks from one fork layer to the next, in which the streams stay the same
 
 Four things that are easy to get wrong:
     1. Streams attend causally in the order in which they stand. A fork stands left of its parent, so the parent
        sees the fork, and the fork does not see its parent. All that stand further right see both.
-    2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Alone it would
+    2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Without a bar it would
        be spent on whatever comes first, so there is the bar, which about r - 1 extras per token reach. An extra
        below it is refused even if there is room, and the room stays for later extras that reach it.
     3. Room is given out from left to right, stream by stream; each stream that would stay is served just before
@@ -263,8 +263,8 @@ class Fork(nn.Module):
         self.ln = nn.LayerNorm(D, bias=False)
         self.score = init_matrix(nn.Linear(D, 2, bias=False), config)  # for each of a pair
         self.embedding = nn.Parameter(torch.randn(D) / math.sqrt(D))   # tells a new fork from its parent
-        # The budgets are saved beside their bars, so a state dict with another list of the same length replaces
-        # both.
+        # The budgets are saved beside their bars, so a state dict with another list of the same length brings its
+        # own budgets with its bars.
         self.register_buffer("budgets", torch.tensor(config.bar_budgets))             # (R,), rising
         self.register_buffer("bar", torch.full_like(self.budgets, NEVER_MEASURED))    # (R,), log P
         self.lowest_logp = MIN_SCORE * len(config.fork_layers)                        # after the lowest score in each
@@ -302,8 +302,8 @@ class Fork(nn.Module):
     def width(self, survives, T, budget, cached):
         """How many columns the survivors get, at least as many as the widest row needs. To count them makes a
         GPU wait, and a shape that depends on the data cannot be compiled. So without a cache it is what the
-        quota allows. With a cache that is no limit, as these tokens may use room that earlier ones left; so
-        there we do count, and a compiled step takes all candidates."""
+        quota allows. With a cache the tokens of this call may use room that earlier ones left, so they may own
+        more than that; there we do count, and a compiled step takes all candidates."""
         if not cached:
             return min(survives.size(1), quota(budget, T))
         if torch.compiler.is_compiling():

@@ -20,11 +20,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tasks.text import make_data
 from tinybubbles import NEVER_MEASURED, Config
 from tools.files import RunFolder, load_checkpoint, make_model, remedy
-from tools.pictures import draw_loss
 from tools.program import (Stop, check_finite, choose_device, in_turn, join_processes, knob, or_refuse, read_flags,
                            refuse, refuse_if_too_large, say, show_all_characters, wait_for_all)
+from tools.report import LOG_COLUMNS, summarize, tell_progress
 
-LOG_COLUMNS = ("step", "train_loss", "val_loss", "learning_rate", "ms_per_step", "tokens_per_s", "streams_per_token")
 FREE = ("dataset", "out_dir", "max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device",
         "compile")  # what may differ when a run is resumed
 
@@ -307,32 +306,6 @@ def evaluate_and_save(trainer, folder, stop, tell, is_last):
         tell(trainer.data.report(trainer.model, trainer.model.config.budget, trainer.device,
                                  s.block_size * (4 if is_last else 1)))
         trainer.model.train()
-
-
-def tell_progress(trainer, folder, tell, loss, owner, seconds):
-    """Print and log how training stands; the last steps took `seconds` each."""
-    s, tokens = trainer.s, trainer.s.batch_size * trainer.data.T      # tokens of one process's batch
-    tokens_per_s = round(tokens * trainer.batches / seconds)
-    streams = (owner >= 0).sum().item() / tokens                      # -1 is padding
-    left = round(seconds * (s.max_iters - trainer.step))
-    if folder:
-        folder.write_row(dict(step=trainer.step, train_loss=round(loss, 6), ms_per_step=round(seconds * 1000, 1),
-                              learning_rate=get_lr(trainer.step - 1, s),
-                              tokens_per_s=tokens_per_s, streams_per_token=round(streams, 3)))
-    tell(f"step {trainer.step:6d}   loss {loss:7.4f}   {seconds * 1000:8.1f} ms   {tokens_per_s:9,} tokens/s   "
-         f"{streams:5.3f} streams/token   ETA {left // 60:3d}:{left % 60:02d}")
-
-
-def summarize(trainer, folder, n_params, train_loss, minutes):
-    """Draw loss.png, and say what the run has come to."""
-    draw_loss(folder.log, folder.path / "loss.png")
-    best = folder.path / "best.pt"
-    shown = [("steps", trainer.step), ("parameters", f"{n_params:,}"),
-             ("train_loss", "no step was taken" if train_loss is None else f"{train_loss:.4f}"),
-             ("val_loss", f"{trainer.val_loss:.4f}"), ("minutes", f"{minutes:.1f}"), ("checkpoint", folder.ckpt)]
-    if best.exists():
-        shown.append(("best", f"{best}, validation loss {trainer.best_val_loss:.4f}"))
-    say("\n".join(f"{name + ':':12}{value}" for name, value in shown))
 
 
 def resume(s, argv):
