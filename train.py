@@ -102,11 +102,13 @@ def measure_bars(model, idx, budgets):
     bars."""
     was_training = model.training
     model.eval()
+    # No backward pass follows, so nothing is kept for one: at a high budget it would not fit beside a model that does.
+    keep_nothing = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)
     for budget in budgets if model.causal else ():
         for fork in model.forks.values():
             fork.bar[fork.budgets == budget] = NEVER_MEASURED
             fork.train()
-            with torch.enable_grad():
+            with torch.enable_grad(), keep_nothing:
                 model(idx, budget=budget)
             fork.eval()
     model.train(was_training)
@@ -219,7 +221,8 @@ class Trainer:
         return None if stop is not None and stop.agreed() else loss
 
     def measure_other_bars(self):
-        """Set the bars of the budgets that are not trained, by the same few batches in every process."""
+        """Set the bars of the budgets that are not trained, by the same 32 texts in every process, or fewer long ones:
+        at a high budget a text takes more memory than in training."""
         # The first process's bars are everybody's, as in DDP; but since the last step each has moved its own.
         if self.world > 1:
             for buffer in self.model.buffers():
@@ -227,9 +230,11 @@ class Trainer:
         most = 2.0 ** len(self.model.forks)                           # n fork layers make at most 2**n streams of one
         trained = {min(budget, most) for budget in self.s.budget}
         others = {budget for budget in self.model.config.bar_budgets if budget <= most} - trained
-        texts = [self.data.train_batch(self.random(number, purpose=2))[0] for number in range(4)]
+        n = max(1, min(32, 4096 // self.data.T))
+        batches = range(math.ceil(n / self.s.batch_size))
+        texts = np.concatenate([self.data.train_batch(self.random(number, purpose=2))[0] for number in batches])[:n]
         with self.autocast():
-            measure_bars(self.model, torch.from_numpy(np.concatenate(texts)).to(self.device), others)
+            measure_bars(self.model, torch.from_numpy(texts).to(self.device), others)
 
 
 def train(trainer, folder, stop):

@@ -123,7 +123,7 @@ PRESETS = {
     "scale": Preset("--device cuda --dataset data/linux.txt --compile --block_size 512 --n_layer 8 --n_head 6 "
                     "--n_embd 384 --fork_layers 2,4,6 --batch_size 32",
                     (GPT, "copy-2", "forked once", "bubbles, r = 2", "bubbles, r = 4", "random selection",
-                     "the authors' code"), 4, (2e-3,), (1860,), true_batches=4),
+                     "the authors' code"), 4, (8e-3,), (1860,), true_batches=4),
 }
 
 
@@ -398,25 +398,33 @@ class Settings:
     results: str = knob(str(ROOT / "experiments" / "results"), "where the table, its JSON and the picture go")
     processes: int = knob(os.cpu_count(), "runs at a time, on one thread each", low=1)
     train: bool = knob(True, "false: sum up what is done")
+    arms: str = knob(None, "train these arms of the preset alone, with ; between them; default: all", "str")
+
+
+def new_pool(s):
+    """--processes of them."""
+    return ProcessPoolExecutor(s.processes, multiprocessing.get_context("spawn"))
 
 
 def train_all(s, jobs):
-    """Make the runs that are not done, some at a time."""
-    with ProcessPoolExecutor(s.processes, multiprocessing.get_context("spawn")) as pool:
-        for made in as_completed([pool.submit(train, job) for job in jobs if not job.done()]):
-            job = made.result()
-            print(f"{job.arm}, rate {job.rate:g}, seed {job.seed}: {job.done()['loss']}", flush=True)
+    """Make the runs that are not done, some at a time. If one fails, the others go on."""
+    with new_pool(s) as pool:
+        runs = {pool.submit(train, job): job for job in jobs if not job.done()}
+        for run in as_completed(runs):
+            job, error = runs[run], run.exception()
+            told = f"failed, {error!r}" if error else job.done()["loss"]
+            print(f"{job.arm}, rate {job.rate:g}, seed {job.seed}: {told}", flush=True)
 
 
-def choose_rates(s, arms):
+def choose_rates(s, arms, train):
     """The learning rate of each arm, as far as its runs are made: of the preset's rates the best two with one seed, of
-    these the better one with three."""
+    these the better one with three. train: whether to make them."""
     p = PRESETS[s.preset]
     rates = {arm: p.rates for arm in arms}
     for seeds, keep in ((1, 2), (min(3, p.seeds), 1)):
         jobs = {arm: [[Job(s.preset, arm, rate, seed, s.runs) for seed in range(seeds)] for rate in rates[arm]]
                 for arm in rates}
-        if s.train:
+        if train:
             train_all(s, [job for of_arm in jobs.values() for of_rate in of_arm for job in of_rate])
         rates = {arm: best_rates(of_arm)[:keep] for arm, of_arm in jobs.items()
                  if all(job.done() for of_rate in of_arm for job in of_rate)}
@@ -469,6 +477,16 @@ def describe(p, runs):
             f"PyTorch counts them, empty room in caches included. Trained {' and '.join(sorted(made))}.")
 
 
+def asked_arms(s):
+    """The preset's arms that --arms names: all of them, if it is not given."""
+    arms = PRESETS[s.preset].arms
+    asked = arms if s.arms is None else [arm.strip() for arm in s.arms.split(";")]
+    for arm in asked:
+        if arm not in arms:
+            refuse(f"--arms: the preset {s.preset} has no arm {arm!r}; it has {'; '.join(arms)}")
+    return asked
+
+
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     p, results = PRESETS[s.preset], Path(s.results)
@@ -476,15 +494,18 @@ def main(argv):
     make_folder(results, "--results")
     make_data(read_flags(TrainSettings, p.flags.split(), ""))         # once, before several processes want it
     rates, found = recall(s)
-    rates |= choose_rates(s, [arm for arm in p.arms if arm not in rates])
+    to_train = asked_arms(s) if s.train else ()
+    rates |= choose_rates(s, [arm for arm in to_train if arm not in rates], True)
+    rates |= choose_rates(s, [arm for arm in p.arms if arm not in rates], False)
     jobs = [Job(s.preset, arm, rates[arm], seed, s.runs) for seed in range(p.seeds) for arm in p.arms if arm in rates]
-    if s.train:
-        train_all(s, jobs)
+    train_all(s, [job for job in jobs if job.arm in to_train])
     done = [job for job in jobs if job.done()]
     if GPT not in {job.arm for job in done}:
         refuse(f"no run of the {GPT} is done in --runs {s.runs}, so there is nothing to compare with; train it first")
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
-    found |= {job.arm: measure(job) for job in reversed(done) if job.trained() and job.arm not in found}
+    to_measure = {job.arm: job for job in reversed(done) if job.trained() and job.arm not in found}
+    with new_pool(s) as pool:
+        found |= zip(to_measure, pool.map(measure, to_measure.values()))
     about = describe(p, runs)
     missing = [arm for arm in p.arms if arm not in rates]
     missing += [f"{job.arm}, seed {job.seed}" for job in jobs if job not in done]

@@ -25,6 +25,16 @@ def test_measured_bars_leave_no_choice_to_rounding():
         assert (chunked - model(idx, budget=1.5)[0]).abs().max() < 2e-5
 
 
+def test_measuring_bars_keeps_nothing_for_a_backward_pass():
+    """Once it did, and at eight streams a token a model that had trained well did not fit into memory."""
+    model, kept = random_model(0), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda nothing: nothing):
+        measure_bars(model, tokens(0), [1.5])
+        assert not kept
+        model(tokens(0))
+    assert kept
+
+
 def test_a_training_forward_moves_the_bar_of_its_budget_to_what_r_less_one_extras_per_token_reach():
     model, idx = random_model(0, fork_layers=(1,)), tokens(0, B=4, T=24)
     fork, at, seen = model.forks["1"], 2, []

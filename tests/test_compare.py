@@ -4,6 +4,7 @@ import io
 import json
 import math
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def results(tmp_path_factory):
         Path("data").mkdir()
         Path("data/shakespeare.txt").write_text(VERSE * 40, "utf-8")
         patch.setattr("tasks.plays.TEXT_SHA256", hashlib.sha256((VERSE * 40).encode()).hexdigest())
-        patch.setattr(compare, "train_all", lambda s, jobs: [compare.train(job) for job in jobs if not job.done()])
+        patch.setattr(compare, "new_pool", lambda s: ThreadPoolExecutor(1))
         compare.main(["--results", "results"])
         yield json.loads(Path("results/smoke.json").read_text())
 
@@ -134,11 +135,35 @@ def test_the_rate_is_the_better_with_three_seeds_of_the_two_best_with_one(tmp_pa
     finish(1e-3, 0.5, 2.0, 2.0)
     finish(2e-3, 2.0)
     finish(4e-3, 1.0)
-    assert compare.choose_rates(s, [GPT]) == {}
+    choose = lambda: compare.choose_rates(s, [GPT], train=False)
+    assert choose() == {}
     finish(8e-3, math.nan)
-    assert compare.choose_rates(s, [GPT]) == {}
+    assert choose() == {}
     finish(4e-3, 1.0, 1.0, 1.0)
-    assert compare.choose_rates(s, [GPT]) == {GPT: 4e-3}
+    assert choose() == {GPT: 4e-3}
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def train(job):
+        if job.seed == 0:
+            raise MemoryError("too large")
+        job.path().write_text(json.dumps(dict(loss={"10": {"1": 2.5}})))
+        return job
+    monkeypatch.setattr(compare, "new_pool", lambda s: ThreadPoolExecutor(1))
+    monkeypatch.setattr(compare, "train", train)
+    compare.train_all(compare.Settings(), [Job("smoke", GPT, 4e-3, seed, str(tmp_path)) for seed in (0, 1)])
+    said = sorted(capsys.readouterr().out.splitlines())
+    assert said == ["plain GPT, rate 0.004, seed 0: failed, MemoryError('too large')",
+                    "plain GPT, rate 0.004, seed 1: {'10': {'1': 2.5}}"]
+
+
+def test_only_the_arms_that_are_asked_for_are_trained_and_all_are_summed_up(results, monkeypatch, capsys):
+    jobs = []
+    monkeypatch.setattr(compare, "train_all", lambda s, some: jobs.extend(some))
+    compare.main(["--results", "asked", "--arms", "copy-2; bubbles, r = 2"])
+    assert {job.arm for job in jobs} == {"copy-2", "bubbles, r = 2"}
+    assert json.loads(Path("asked/smoke.json").read_text())["runs"] == results["runs"]
+    assert "no arm 'copy-3'; it has plain GPT; copy-2; " in exits(capsys, compare.main, ["--arms", "copy-3"]).err
 
 
 def test_flops_are_counted_for_every_arm_and_drawn(results):
