@@ -105,5 +105,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit(130)
-    except BrokenPipeError:                                           # the reader of a pipe has left: end quietly
+    except OSError as error:                                          # of stdout, as files have refusals of their own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):                    # the reader of a pipe has left: end quietly
+            refuse(f"the sample cannot be printed ({error.strerror}); make room where it goes")

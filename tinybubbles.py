@@ -78,7 +78,7 @@ class Config:
                 raise ValueError(f"{name} must be a whole number >= 1, not {value!r}")
         if self.n_embd % (2 * self.n_head):  # rotary positions turn the channels of a head in pairs
             raise ValueError(f"n_embd must be a multiple of 2 n_head = {2 * self.n_head}, not {self.n_embd}")
-        differ = len(set(self.fork_layers)) == len(self.fork_layers)
+        differ = isinstance(self.fork_layers, (tuple, list)) and len(set(self.fork_layers)) == len(self.fork_layers)
         if not differ or any(type(f) is not int or not 0 <= f < self.n_layer for f in self.fork_layers):
             raise ValueError(f"fork_layers must be different whole numbers from 0 to {self.n_layer - 1}, not "
                              f"{self.fork_layers!r}")

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tinybubbles import MLP, Config, Tinybubbles, init_matrix, quota  # noqa: E402
-from tools.files import make_folder, read_json, write_atomically  # noqa: E402
+from tools.files import make_folder, read_json, write_picture, write_text  # noqa: E402
 from tools.program import choose_device, knob, read_flags  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import make_optimizers, measure_bars  # noqa: E402
@@ -357,7 +357,7 @@ def write_table(path, rows, about):
                  f"{row['budget']:g}", ratio(row, tokens), ratio(row, positions), ratio(row, "beside_adamw"),
                  both(row, "ms", ".3f"), both(row, "share", ".0%"), both(row, "operations", "d"), f"{row['anew']:.0f}" if "anew" in row else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    path.write_text("\n".join([*lines, "", about]) + "\n")
+    write_text(path, "\n".join([*lines, "", about]) + "\n")
 
 
 def draw(path, rows, targets, about):
@@ -385,7 +385,7 @@ def draw(path, rows, targets, about):
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.legend(framealpha=1, edgecolor="none", fontsize=8)
     figure.supxlabel(about[about.index("on "):-1], fontsize=9)
-    figure.savefig(path, dpi=110)
+    write_picture(path, figure, dpi=110)
 
 
 def main(argv):
@@ -397,7 +397,7 @@ def main(argv):
     for row in json.loads(json.dumps(preset.rows)):                                 # as JSON has them: lists, no tuples
         if not any(row.items() <= done.items() for done in rows):
             rows.append(measure(row, preset.rounds, s.preset == "gpu"))
-            write_atomically(path, lambda file: file.write(json.dumps(rows, indent=1).encode()))
+            write_text(path, json.dumps(rows, indent=1))
             print(rows[-1], flush=True)
     machines = " and on ".join(sorted({row["machine"] for row in rows}))
     about = f"Ratios of the shortest times of {preset.rounds} rounds in turns, on {machines}."

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import rivals  # noqa: E402
 from tasks.text import make_data  # noqa: E402
 from tinybubbles import PaperTinybubbles, Tinybubbles  # noqa: E402
-from tools.files import make_folder, read_json, write_atomically  # noqa: E402
+from tools.files import make_folder, read_json, write_atomically, write_picture, write_text  # noqa: E402
 from tools.program import knob, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import Trainer  # noqa: E402
@@ -196,7 +196,7 @@ def train(job):
                 grade = trainer.data.grade(trainer.model, float(ARMS[job.arm].budgets[0]), trainer.device)
                 run.setdefault("grade", {})[str(step)] = grade.tolist()
             trainer.model.train()
-            write_atomically(path, lambda file: file.write(json.dumps(run).encode()))
+            write_text(path, json.dumps(run))
         if step % 1000 == 0 or step == marks[-1]:
             path.with_suffix("").mkdir(exist_ok=True)
             write_atomically(path.with_suffix("") / "ckpt.pt", lambda file: torch.save(trainer.checkpoint(), file))
@@ -322,7 +322,7 @@ def write_table(path, runs, found, marks, beside, about):
     for arm in graded:
         grades = np.array([run["grade"][str(marks[-1])] for run in runs if run["arm"] == arm])    # (seeds, 3, 2)
         lines.append(row(arm, *map(show, grades.reshape(len(grades), -1).T)))
-    path.write_text("\n".join([*lines, "", about]) + "\n", encoding="utf-8")
+    write_text(path, "\n".join([*lines, "", about]) + "\n")
 
 
 def row(*cells):
@@ -376,7 +376,7 @@ def draw(path, runs, found, marks):
     figure.supxlabel(note, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure, dpi=120)
 
 
 def squeeze_far_losses(axes):
@@ -451,7 +451,7 @@ def recall(s):
         if job.arm in arms:
             rates[job.arm] = job.rate
             if not job.path().exists():
-                job.path().write_text(json.dumps(run))
+                write_text(job.path(), json.dumps(run))
     return rates, {arm: told["measured"][arm] for arm in rates if arm in told["measured"]}
 
 
@@ -510,7 +510,7 @@ def main(argv):
     missing = [arm for arm in p.arms if arm not in rates]
     missing += [f"{job.arm}, seed {job.seed}" for job in jobs if job not in done]
     whole = dict(about=about, missing=missing, runs=runs, measured=found)
-    write_atomically(results / f"{s.preset}.json", lambda file: file.write(a_run_a_line(whole).encode()))
+    write_text(results / f"{s.preset}.json", a_run_a_line(whole))
     write_table(results / f"{s.preset}.md", runs, found, p.marks, p.beside, about)
     draw(results / f"{s.preset}.png", runs, found, p.marks)
     print((results / f"{s.preset}.md").read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.compare import ARMS, GPT, interval, less  # noqa: E402
 from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
-from tools.files import load_checkpoint, make_folder, read_json  # noqa: E402
+from tools.files import load_checkpoint, make_folder, read_json, write_picture, write_text  # noqa: E402
 from tools.pictures import count_streams  # noqa: E402
 from tools.program import choose_device, knob, or_refuse, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
@@ -97,7 +97,7 @@ LEVEL, FORK_LAYER, MERGE = 1.5, 0.85, 0.8
 def draw_method(path):
     """The worked example of the README as a picture."""
     levels = worked_example()
-    figure, axes = plt.subplots(figsize=(10, 6.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 6.8), layout="constrained", facecolor="white")
     for number, (owner, P, _) in enumerate(levels):
         bottom = LEVEL * number
         draw_streams(axes, owner, P, bottom, bottom + (FORK_LAYER if number < 2 else MERGE))
@@ -116,7 +116,7 @@ def draw_method(path):
                      fontsize=10, color=INK)
     for side in ("left", "top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130, facecolor="white")
+    write_picture(path, figure, dpi=130)
     plt.close(figure)
 
 
@@ -409,6 +409,8 @@ def measure(s):
     if s.figure == "attention":
         return attention(model, idx, s.budget[0]), note
     gpt = load(s.gpt_dir)[1].eval()
+    if gpt.config.fork_layers:
+        refuse(f"--gpt_dir {s.gpt_dir} holds a model with fork layers; name a run of train.py --fork_layers none")
     return or_refuse(lambda: entropy(model, gpt, idx, s.budget[0])), note
 
 
@@ -422,7 +424,7 @@ def main(argv):
         found, note = measure(s)
         machine = f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
         whole = dict(about=note, machine=machine, found=found)
-        path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
+        write_text(path.with_suffix(".json"), json.dumps(whole, indent=1) + "\n")
         panels = PANELS.get(s.figure, 1)
         figure = plt.figure(figsize=(5 + 3 * panels, 4.5), layout="constrained", facecolor="white")
         axes = figure.subplots(1, panels)
@@ -431,7 +433,7 @@ def main(argv):
         if s.figure != "rivals":                                      # whose points have their names beside them
             figure.axes[-1].legend(frameon=False, fontsize=9, **beside)
         figure.supxlabel(note, fontsize=9)
-        figure.savefig(path, dpi=130)
+        write_picture(path, figure, dpi=130)
         plt.close(figure)
     print(path)
 

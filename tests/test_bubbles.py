@@ -213,11 +213,22 @@ def test_streams_are_counted_by_kind_of_byte():
         assert found[name] == pytest.approx([count[where].mean()] * 3)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no disk that is always full")
+def test_a_sample_that_cannot_be_printed_is_one_sentence(folder):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, ROOT / "sample.py", "--max_new_tokens", "3", "--device", "cpu"], stdout=full,
+                               stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "cannot be printed" in ended.stderr, ended.stderr
+
+
 def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     said = exits(capsys, figures.main, ["--figure", "budgets", "--results", "results"]).err
     assert "text.json" in said
     for name, budgets in (("kinds", "1,2,3,4"), ("entropy", "1.5,2")):
         assert "at most" in exits(capsys, figures.main, ["--figure", name, "--budget", budgets]).err
+    assert "out holds" in exits(capsys, figures.main, ["--figure", "entropy", "--gpt_dir", "out"]).err
+    Path("taken/method.png").mkdir(parents=True)
+    assert "method.png is not a file" in exits(capsys, figures.main, ["--results", "taken"]).err
     assert "out-gpt holds" in exits(capsys, figures.main, ["--figure", "attention", "--out_dir", "out-gpt"]).err
     train.main([*TINY, "--block_size", "8", "--max_iters", "1", "--fork_layers", "none", "--out_dir", "short"])
     assert "block_size" in exits(capsys, figures.main, ["--figure", "entropy", "--gpt_dir", "short"]).err

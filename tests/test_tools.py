@@ -114,6 +114,8 @@ def test_every_command_of_the_readme_runs(folder):
         flags, (module, more) = shlex.split(flags), small[script]
         if "--resume" in flags:
             more = ["--max_iters", "6"]
+        if "none" in flags:
+            more = [*more, "--fork_layers", "none"]
         flags = [flag for flag in flags if flag != "--compile"] + more
         if start:
             run = python(*shlex.split(start), ROOT / script, *flags, "--dataset", "text.txt")     # not to fetch the plays

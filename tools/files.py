@@ -29,6 +29,16 @@ def write_atomically(path, write):
     os.replace(write_beside(path, write), path)
 
 
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_picture(path, figure, dpi):
+    """Write a figure of matplotlib as a file of the kind that its name ends with, whole or not at all."""
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi))
+
+
 def write_beside(path, write):
     """Have `write(file)` fill a scratch file of this process beside `path`, down to the disk. Returns its path."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
@@ -95,7 +105,7 @@ class RunFolder:
         where = self.path / f"log.csv.{os.getpid()}.new" if self.replaces_a_run else self.log
         rows = self.rows_up_to(step, columns) if step is not None else []
         text = "".join(",".join(row) + "\n" for row in [columns, *rows])
-        write_atomically(where, lambda file: file.write(text.encode()))
+        write_text(where, text)
         self.open_log(where, columns)
 
     def lock(self):

@@ -1,9 +1,12 @@
 """Pictures: the loss of a run, and the streams of a text, drawn or as shades on a terminal."""
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from tools.files import write_picture
 
 os.environ["MPLBACKEND"] = "Agg"                                             # pictures are files, in a notebook too
 SHADES = "", "30;48;5;189", "30;48;5;111", "97;48;5;26", "97;48;5;17"     # a terminal's: 1, 2, 3, 4, 5 or more streams
@@ -21,7 +24,7 @@ def draw_loss(log, picture):
         axes.plot(given["step"], given[key], label=key.replace("_", " "), **style)
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    write_picture(picture, figure, dpi=120)
 
 
 def count_streams(trace):
@@ -104,7 +107,7 @@ def draw_bubbles(counts, deleted, words, path, title):
     figure.legend(boxes + [cross], names + ["deleted just before this block"], ncols=top + 1, frameon=False,
                   loc="upper center", bbox_to_anchor=(0.5, 1 - 0.3 / height))
     figure.suptitle(title, y=1 - 0.1 / height, va="top")
-    figure.savefig(path, dpi=110)
+    write_picture(Path(path), figure, dpi=110)
 
 
 def plot(path, model, tokens, words, budget):
