@@ -103,6 +103,8 @@ class Preset:
     beside: str = "bubbles, r = 2"  # the other arm that the table's differences are to
 
 
+LINUX = "--device cuda --dataset data/linux.txt --compile --block_size 512"
+QUESTION = GPT, "bubbles, r = 2", "random selection"  # whether forks pay, and whether it matters where they are
 SMALL = "--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8"
 PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
@@ -120,10 +122,16 @@ PRESETS = {
                         "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
-    "scale": Preset("--device cuda --dataset data/linux.txt --compile --block_size 512 --n_layer 8 --n_head 6 "
-                    "--n_embd 384 --fork_layers 2,4,6 --batch_size 32",
-                    (GPT, "copy-2", "forked once", "bubbles, r = 2", "bubbles, r = 4", "random selection",
-                     "the authors' code"), 4, (8e-3,), (1860,), true_batches=4),
+    "scale": Preset(f"{LINUX} --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4,6 --batch_size 32",
+                    (*QUESTION, "copy-2", "forked once", "bubbles, r = 4", "the authors' code"), 4, (8e-3,), (1860,),
+                    true_batches=4),
+    # The same in smaller models, which read as many tokens.
+    "size-0.2M": Preset(f"{LINUX} --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 32", QUESTION, 4,
+                        (8e-3,), (1860,)),
+    "size-0.8M": Preset(f"{LINUX} --n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2 --batch_size 32", QUESTION, 4,
+                        (8e-3,), (1860,)),
+    "size-3M": Preset(f"{LINUX} --n_layer 6 --n_head 4 --n_embd 208 --fork_layers 1,3,4 --batch_size 32", QUESTION, 4,
+                      (8e-3,), (1860,)),
 }
 
 

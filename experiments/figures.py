@@ -2,8 +2,8 @@
 The pictures of the README: python experiments/figures.py --figure method    (every flag: --help)
 
 method: what the fork layers of tinybubbles.py do with the scores of the README's worked example. entropy, kinds and
-attention look at a trained checkpoint, entropy at that of a plain GPT too; rivals, budgets and placement draw what
-compare.py found. The numbers of a picture stand beside it, as JSON.
+attention look at a trained checkpoint, entropy at that of a plain GPT too; rivals, budgets, placement and sizes draw
+what compare.py found. The numbers of a picture stand beside it, as JSON.
 """
 import json
 import math
@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from experiments.compare import ARMS, GPT, interval, less  # noqa: E402
+from experiments.compare import ARMS, GPT, QUESTION, interval, less  # noqa: E402
 from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
 from tools.files import load_checkpoint, make_folder, read_json, write_picture, write_text  # noqa: E402
@@ -300,10 +300,15 @@ def draw_attention(found, axes):
 SHOWN = GPT, "deeper GPT", "wider GPT", "copy-2", "bubbles, r = 2", "bubbles, r = 4", "recurrent depth", "PonderLM-2"
 
 
-def rivals(runs, measured):
+def last_mark(runs):
+    return list(runs[0]["loss"])[-1]
+
+
+def rivals(text):
     """Of the arms SHOWN: FLOPs of a generated token as multiples of the plain GPT's, and the loss less the plain GPT's,
-    from compare.py's runs: mean and half its interval."""
-    last, flops = list(runs[0]["loss"])[-1], lambda arm: list(measured[arm]["flops"].values())[0]
+    from what compare.py found: mean and half its interval."""
+    runs, measured = text["runs"], text["measured"]
+    last, flops = last_mark(runs), lambda arm: list(measured[arm]["flops"].values())[0]
     return {arm: [flops(arm) / flops(GPT), *interval(less(runs, arm, GPT, last, f"{ARMS[arm].budgets[0]:g}"))]
             for arm in SHOWN if arm in measured}
 
@@ -321,12 +326,33 @@ def draw_rivals(found, axes):
              ylabel="loss less the plain GPT's, nats (lower is better)")
 
 
-def budgets(runs, measured):
-    """At each budget the loss of bubbles less the plain GPT's, from compare.py's runs: mean and half its interval."""
-    last, found = list(runs[0]["loss"])[-1], {}
+def sizes(*presets):
+    """The loss of the arms that fork less the plain GPT's, by its number of parameters, from what compare.py found at
+    each size: mean and half its interval."""
+    found = {}
+    for runs in (preset["runs"] for preset in presets):
+        n_params = next(run["parameters"] for run in runs if run["arm"] == GPT)
+        for arm in QUESTION[1:]:
+            gains = less(runs, arm, GPT, last_mark(runs), f"{ARMS[arm].budgets[0]:g}")
+            if gains:
+                found.setdefault(arm, {})[n_params] = interval(gains)
+    return found
+
+
+def draw_sizes(found, axes):
+    axes.axhline(0, color="black", linewidth=1)
+    for (arm, line), color, marker in zip(found.items(), COLORS, "os"):
+        mean, half = np.array(list(line.values())).T
+        axes.errorbar(list(line), mean, half, color=color, marker=marker, capsize=3, label=arm)
+    axes.set(xscale="log", xlabel="parameters", ylabel="loss less a plain GPT's, nats (lower is better)")
+
+
+def budgets(text):
+    """At each budget the loss of bubbles less the plain GPT's, from what compare.py found: mean and half its interval."""
+    runs, found = text["runs"], {}
     for arm in ("bubbles, r = 2", "bubbles, elastic"):
-        dials = next((run["loss"][last] for run in runs if run["arm"] == arm), {})
-        found[arm] = {r: interval(less(runs, arm, GPT, last, r)) for r in sorted(dials, key=float)}
+        dials = next((run["loss"][last_mark(runs)] for run in runs if run["arm"] == arm), {})
+        found[arm] = {r: interval(less(runs, arm, GPT, last_mark(runs), r)) for r in sorted(dials, key=float)}
     return found
 
 
@@ -338,10 +364,11 @@ def draw_budgets(found, axes):
     axes.set(xlabel="budget at inference, streams per token", ylabel="loss less a plain GPT's, nats (lower is better)")
 
 
-def placement(runs, measured):
-    """Of each mixture and the plain GPT after each mark, from compare.py's runs on urns: how many streams a hard token
-    has more than an easy one, the sum of its P, and the nats by which it misses the least loss, with half intervals."""
-    found = {}
+def placement(selection):
+    """Of each mixture and the plain GPT after each mark, from what compare.py found on urns: how many streams a hard
+    token has more than an easy one, the sum of its P, and the nats by which it misses the least loss, with half
+    intervals."""
+    runs, found = selection["runs"], {}
     for arm in dict.fromkeys(run["arm"] for run in runs if run["arm"] == GPT or "mixture" in run["arm"]):
         for step in runs[0]["grade"]:
             miss, streams, P = np.array([run["grade"][step] for run in runs if run["arm"] == arm]).swapaxes(0, 1)
@@ -363,9 +390,10 @@ def draw_placement(found, axes):
 
 
 DRAW = dict(rivals=draw_rivals, entropy=draw_entropy, kinds=draw_kinds, attention=draw_attention, budgets=draw_budgets,
-            placement=draw_placement)
+            placement=draw_placement, sizes=draw_sizes)
 PANELS = dict(kinds=2, placement=3)
-OF_RUNS = dict(rivals=("text-adamw", rivals), budgets=("text", budgets), placement=("selection", placement))
+OF_PRESETS = dict(rivals=(rivals, "text-adamw"), budgets=(budgets, "text"), placement=(placement, "selection"),
+                  sizes=(sizes, "size-0.2M", "size-0.8M", "size-3M", "scale"))
 
 
 @dataclass
@@ -381,14 +409,15 @@ class Settings:
 
 def measure(s):
     """The numbers of a figure, and a sentence about them."""
-    if s.figure in OF_RUNS:
-        preset, read = OF_RUNS[s.figure]
-        path = Path(s.results) / f"{preset}.json"
-        if not path.exists():
-            refuse(f"there is no {path}; run compare.py --preset {preset} first, or name its folder with --results")
-        whole = read_json(path)
-        runs = whole["runs"]
-        return read(runs, whole["measured"]), f"{len({run['seed'] for run in runs})} paired seeds, 95 % intervals"
+    if s.figure in OF_PRESETS:
+        read, *presets = OF_PRESETS[s.figure]
+        paths = [Path(s.results) / f"{preset}.json" for preset in presets]
+        found = [read_json(path) for path in paths if path.exists()]
+        if not found:
+            refuse(f"there is no {paths[0]}; run compare.py --preset {presets[0]} first, or name its folder with "
+                   "--results")
+        seeds = {run["seed"] for preset in found for run in preset["runs"]}
+        return read(*found), f"{len(seeds)} paired seeds, 95 % intervals"
     most = 3 if s.figure == "kinds" else 1
     if len(s.budget) > most:
         refuse(f"--budget of --figure {s.figure} is {most} number{'s' * (most > 1)} at most, not {len(s.budget)}; leave out some")

@@ -232,22 +232,25 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     assert "out-gpt holds" in exits(capsys, figures.main, ["--figure", "attention", "--out_dir", "out-gpt"]).err
     train.main([*TINY, "--block_size", "8", "--max_iters", "1", "--fork_layers", "none", "--out_dir", "short"])
     assert "block_size" in exits(capsys, figures.main, ["--figure", "entropy", "--gpt_dir", "short"]).err
-    run = lambda arm, seed, loss: dict(arm=arm, seed=seed, loss={"9": loss})
+    run = lambda arm, seed, loss: dict(arm=arm, seed=seed, loss={"9": loss}, parameters=500 if arm == GPT else 520)
     runs = [run(GPT, 0, {"1": 1.0}), run(GPT, 1, {"1": 2.0}), run("bubbles, r = 2", 0, {"2": 0.9, "1": 1.1}),
             run("bubbles, r = 2", 1, {"2": 1.7, "1": 2.1}), run("bubbles, elastic", 0, {"2": 0.5})]
     Path("results/text-adamw.json").write_text(json.dumps(dict(runs=runs, measured={
         GPT: dict(flops={"1": 2e6}), "bubbles, r = 2": dict(flops={"2": 3e6, "1": 2e6})})))
-    Path("results/text.json").write_text(Path("results/text-adamw.json").read_text())
+    for name in ("text", "scale"):
+        Path(f"results/{name}.json").write_text(Path("results/text-adamw.json").read_text())
     graded = lambda arm, seed, *grades: dict(arm=arm, seed=seed, grade=dict(zip("59", grades)))
     none, some = [[0.5, 2.0], [1, 1], [1, 1]], [[0.5, 1.5], [1.5, 3], [1.25, 2]]
     runs = [graded(arm, seed, none, last) for arm, last in ((GPT, none), ("a mixture", some)) for seed in (0, 1)]
     Path("results/selection.json").write_text(json.dumps(dict(runs=runs, measured={})))
-    for name in ("rivals", "entropy", "kinds", "attention", "budgets", "placement"):
+    for name in ("rivals", "entropy", "kinds", "attention", "budgets", "placement", "sizes"):
         figures.main(["--figure", name, "--results", "results", "--windows", "8", "--device", "cpu"])
         assert Path(f"results/{name}.png").stat().st_size > 10000
     found = json.loads(Path("results/budgets.json").read_text())["found"]
     assert found["bubbles, r = 2"]["1"] == pytest.approx([0.1, 0.0], abs=1e-9)
     assert found["bubbles, r = 2"]["2"] == pytest.approx([-0.2, 12.7062 * 0.1], rel=1e-4)
+    found = json.loads(Path("results/sizes.json").read_text())["found"]
+    assert found == {"bubbles, r = 2": {"500": pytest.approx([-0.2, 12.7062 * 0.1], rel=1e-4)}}
     found = json.loads(Path("results/rivals.json").read_text())["found"]
     assert found["bubbles, r = 2"][:2] == pytest.approx([1.5, -0.2]) and found[GPT] == [1, 0, 0]
     found = json.loads(Path("results/placement.json").read_text())["found"]
