@@ -23,17 +23,17 @@ Words used here, each with one meaning:
     budget r    how many streams a token may own on average (in the picture 1.5)
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
     bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a
-                list. A forward pass that trains measures the bar of its budget, or, if the list lacks that
-                budget, of the next higher one. A budget that was never trained uses the bar of the next higher
-                budget that was
+                list, and training measures them (see `move_bar` and `bar_for`)
     segment     the blocks from one fork layer to the next, in which the streams stay the same
 
 Four things that are easy to get wrong:
     1. Streams attend causally in the order in which they stand. A fork stands left of its parent, so the parent
        sees the fork, and the fork does not see its parent. All that stand further right see both.
-    2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Without a bar it would
-       be spent on whatever comes first, so there is the bar, which about r - 1 extras per token reach. An extra
-       below it is refused even if there is room, and the room stays for later extras that reach it.
+    2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Without a bar
+       it would be spent on whatever comes first. So there is the bar, which about r - 1 of all extras per token
+       reach. An extra below it is refused even if there is room, and the room stays for later extras that reach
+       it. At r = 2 or more the first fork layer has room for all its extras, so it forks every token, and only
+       later fork layers choose.
     3. Room is given out from left to right, stream by stream; each stream that would stay is served just before
        its own new fork. So a new fork never takes the room of its parent (though it can survive when its parent
        misses the bar and is deleted), and no later token changes an earlier choice.
@@ -78,8 +78,9 @@ class Config:
                 raise ValueError(f"{name} must be a whole number >= 1, not {value!r}")
         if self.n_embd % (2 * self.n_head):  # rotary positions turn the channels of a head in pairs
             raise ValueError(f"n_embd must be a multiple of 2 n_head = {2 * self.n_head}, not {self.n_embd}")
-        differ = isinstance(self.fork_layers, (tuple, list)) and len(set(self.fork_layers)) == len(self.fork_layers)
-        if not differ or any(type(f) is not int or not 0 <= f < self.n_layer for f in self.fork_layers):
+        layers = self.fork_layers if isinstance(self.fork_layers, (tuple, list)) else [None]
+        are_blocks = all(type(layer) is int and 0 <= layer < self.n_layer for layer in layers)
+        if not are_blocks or len(set(layers)) < len(layers):
             raise ValueError(f"fork_layers must be different whole numbers from 0 to {self.n_layer - 1}, not "
                              f"{self.fork_layers!r}")
         self.fork_layers = tuple(sorted(self.fork_layers))
@@ -140,20 +141,21 @@ class Tinybubbles(nn.Module):
         """The method: embed, then fork and run the blocks, then merge. Returns the logits (B, T, V), and the
         number of streams that this call added to each segment, (segments, B, 1)."""
         B, T = idx.shape
-        # How many streams of earlier calls each segment holds. Segment 0 holds originals alone, so filled[0] is
-        # also the number of earlier tokens.
+        # How many streams of earlier calls each segment holds, and how many tokens these calls have read: segment
+        # 0 holds originals alone.
         filled = idx.new_zeros(1 + len(self.forks), B, 1) if cache is None else cache.filled
+        seen = filled[0]                                                              # (B, 1)
         x = self.drop(self.wte(idx))                                                  # (B, T, D)
         owner = torch.arange(T, device=idx.device).repeat(B, 1)                       # (B, T), one stream a token
-        streams = Streams(owner, x.new_zeros(B, T), T, filled[0], self.frequency)     # P = 1
+        streams = Streams(owner, x.new_zeros(B, T), T, seen, self.frequency)          # log P = 0, so P = 1
         segments = [streams]
         slots = None if cache is None else Slots(cache, 0, streams)
         for layer, block in enumerate(self.blocks):
             if layer in self.config.fork_layers:
                 segment, fork_layer = len(segments), self.forks[str(layer)]
-                earlier_extras = filled[segment] - filled[0]                          # (B, 1), all but the originals
+                earlier_extras = filled[segment] - seen                               # (B, 1), all but the originals
                 x, owner, logp = fork_layer(x, streams, budget, earlier_extras, cached=cache is not None)
-                streams = Streams(owner, logp, T, filled[0], self.frequency)
+                streams = Streams(owner, logp, T, seen, self.frequency)
                 slots = None if cache is None else Slots(cache, segment, streams)
                 segments.append(streams)
             x = block(x, streams, slots)                                              # (B, N, D)
@@ -199,7 +201,7 @@ class Tinybubbles(nn.Module):
         budget = self.spendable(budget)
         # Each fork layer doubles the streams at most.
         segment_budgets = [min(2**segment, budget) for segment in range(1 + len(self.forks))]
-        segment_of_block = [sum(fork_layer <= layer for fork_layer in self.config.fork_layers)
+        segment_of_block = [sum(first_block <= layer for first_block in self.config.fork_layers)
                             for layer in range(self.config.n_layer)]
         return Cache(self, rows, budget, segment_budgets, segment_of_block)
 
@@ -216,7 +218,7 @@ class Tinybubbles(nn.Module):
         block_size, V = self.config.block_size, self.config.vocab_size
         cache = self.new_cache(len(idx), budget) if self.causal else None
         read_one = self.read
-        if compile and self.causal:
+        if compile and self.causal:  # one graph serves all steps, as no shape ever changes (see `Fork.width`)
             cache.keep_addresses()
             read_one = torch.compile(self.read, fullgraph=True, mode="reduce-overhead")
         unread = idx[:, -block_size:]
@@ -284,11 +286,11 @@ class Fork(nn.Module):
         logp = streams.logp.unsqueeze(-1) + score                                     # (B, N, 2)
 
         # Select: every original, and some of the extras. A choice has no gradient; logp keeps its own.
-        learns = self.training and torch.is_grad_enabled() and not cached
-        survives = self.select(logp.detach(), streams, budget, earlier_extras, learns)        # (B, N, 2)
+        moves_bar = self.training and torch.is_grad_enabled() and not cached
+        survives = self.select(logp.detach(), streams, budget, earlier_extras, moves_bar)     # (B, N, 2)
 
-        # Gather: a stable sort moves the survivors to the front in their order. Behind them there is padding.
-        # Candidate 2j is a new fork of stream j, and 2j + 1 is stream j itself.
+        # Gather: a stable sort moves the survivors to the front in their order. Behind them there is padding,
+        # whose x does not matter, as its P is 0. Candidate 2j is a new fork of stream j, and 2j + 1 is stream j.
         survives = survives.flatten(1)                                                # (B, 2N)
         candidate = survives.byte().sort(dim=1, descending=True, stable=True).indices
         candidate = candidate[:, :self.width(survives, streams.T, budget, cached)]    # (B, N')
@@ -310,13 +312,13 @@ class Fork(nn.Module):
             return survives.size(1)
         return int(survives.sum(1).max())
 
-    def select(self, logp, streams, budget, earlier_extras, learns):
+    def select(self, logp, streams, budget, earlier_extras, moves_bar):
         """The causal rule: which candidates survive, (B, N, 2), given their logp (B, N, 2). Padding does not.
-        learns: whether this forward pass trains, and so moves the bar."""
+        moves_bar: whether this is a forward pass that trains."""
         is_original = kept_originals(streams)                                         # (B, N, 2)
         is_extra = streams.is_real.unsqueeze(-1) & ~is_original
         wanted = is_extra & (logp >= self.bar_for(budget))                            # (B, N, 2)
-        if learns:
+        if moves_bar:
             self.move_bar(budget, logp, is_extra, tokens=len(logp) * streams.T)
         # The most extras that the tokens up to and including a stream's own may hold together.
         allowed = quota(budget, streams.token_number) - streams.token_number          # (B, N)
@@ -331,17 +333,17 @@ class Fork(nn.Module):
         """The bar (1,) to use at this budget: that of the lowest measured budget which is not below it. If that
         is a higher budget, too many extras reach its bar, and the quota trims them. If there is no such budget,
         all extras are wanted. (The answer is a tensor, as to turn it into a number would make a GPU wait.)"""
-        measured = (self.budgets >= budget - ROUNDING) & (self.bar != NEVER_MEASURED)         # (R,)
-        first = measured.int().argmax(0, keepdim=True)                                # (1,), 0 if there is none
-        return self.bar.masked_fill(~measured, NEVER_MEASURED).gather(0, first)
+        usable = (self.budgets >= budget - ROUNDING) & (self.bar != NEVER_MEASURED)   # (R,)
+        first = usable.int().argmax(0, keepdim=True)                                  # (1,), 0 if there is none
+        return self.bar.masked_fill(~usable, NEVER_MEASURED).gather(0, first)
 
     @torch.no_grad()
     def move_bar(self, budget, logp, is_extra, tokens):
         """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a tenth
-        of the way, or all of it the first time. It is a running statistic, as the mean in BatchNorm is. Each
-        forward pass that trains moves it once, after the choice is made. No other pass does: neither validation
-        without gradients nor sampling, whatever mode the model is in. If the budget is not in the list, the
-        next higher one's bar moves."""
+        of the way, or all of it the first time. All extras count, whether they survive or not. The bar is a
+        running statistic, as the mean in BatchNorm is. Each forward pass that trains moves it once, for the
+        passes after it. No other pass does: neither validation without gradients nor sampling, whatever mode the
+        model is in. If the budget is not in the list, the next higher one's bar moves."""
         bar_index = (self.budgets < budget - ROUNDING).sum(0, keepdim=True)           # (1,)
         r = self.budgets.gather(0, bar_index)
         count = ((r - 1) * tokens).round().long()                                     # (1,), extras to be had
@@ -349,9 +351,9 @@ class Fork(nn.Module):
         reached = best_first.gather(0, (count - 1).clamp(0, len(best_first) - 1))
         # 1e-3 lower, so that if the same extras come again, rounding does not put them under the bar. If the
         # budget has room for every extra of the batch, the bar becomes the lowest possible log P, which every
-        # extra reaches. (At r = 1 there is room for none, and the best extra sets the bar: that is without
-        # effect, as the quota refuses it.)
-        target = torch.where(count >= is_extra.sum(), self.lowest_logp, reached - 1e-3)
+        # extra reaches. (At r = 1 there is room for none. The best extra sets the bar, and the quota refuses it.)
+        has_room_for_all = count >= is_extra.sum()
+        target = torch.where(has_room_for_all, self.lowest_logp, reached - 1e-3)
         bar = self.bar.gather(0, bar_index)
         self.bar.scatter_(0, bar_index, torch.where(bar == NEVER_MEASURED, target, bar.lerp(target, 0.1)))
 
@@ -382,14 +384,12 @@ def admit(wanted, allowed, used):
             admitted[i] = wanted[i] and used < allowed[i]
             used = used + admitted[i]
 
-    In the loop, used after i = min(used before i + wanted[i], allowed[i]). Let total be the running sum of wanted.
-    Subtract total[i], which is total before i + wanted[i], from both sides: a running minimum is left,
-
-        used - total after i = min(used - total before i, allowed[i] - total[i])
-
-    An extra is admitted where `used` rises."""
+    As used never exceeds allowed[i], a step of the loop is used = min(used + wanted[i], allowed[i]). Let total be
+    the running sum of wanted, and slack = used - total. Then the step is slack = min(slack, allowed[i] - total[i]):
+    a running minimum. An extra is admitted where `used` rises."""
     total = wanted.cumsum(1)                                                          # (B, M)
-    used_after = total + (allowed - total).cummin(1).values.minimum(used)             # (B, M)
+    slack = (allowed - total).cummin(1).values.minimum(used)                          # (B, M)
+    used_after = total + slack
     used_before = torch.cat((used, used_after[:, :-1]), 1)
     return used_after > used_before
 
@@ -416,7 +416,8 @@ class Streams:
         place = torch.arange(owner.size(1), device=owner.device)
         position = self.token_number - (end - 1 - place) / (end - begin)              # (B, N)
         self.move_to(position, frequency)
-        self.logp_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)  # (2, B, 1, N)
+        # What attention puts into the last channel of each q and k (see CausalSelfAttention).
+        self.last_channel = torch.stack((torch.ones_like(logp), logp)).unsqueeze(2)   # (2, B, 1, N)
 
     def move_to(self, position, frequency):
         """Put the streams at these rotary positions (B, N); frequency (d/2,)."""
@@ -444,9 +445,8 @@ class CausalSelfAttention(nn.Module):
         y_i       = sum over j of weight_ij P_j v_j
 
     so log P_j is scaled as well. To add it, the last channel of each head is given up: there q is 1 and k is
-    log P, so any attention kernel serves. As in the authors' code this happens after the rotation, so half of one
-    rotated pair is lost, of the pair that turns most slowly. Its other half stays, and half a pair's product
-    depends on both positions, not on their difference alone."""
+    log P, so any attention kernel serves. As in the authors' code this happens after the rotation: of the pair of
+    channels that turns most slowly, half is lost."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -460,9 +460,10 @@ class CausalSelfAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, N, d)
         qk, v = streams.rotate(qkv[:2]).type_as(qkv), qkv[2]
         if self.has_forks:
-            qk[..., -1] = streams.logp_channel
+            qk[..., -1] = streams.last_channel
             v = (v * streams.P.unsqueeze(1)).type_as(v)
-        (q, k), mask = qk, None                                                       # (B, H, N, d)
+        q, k = qk                                                                     # (B, H, N, d) each
+        mask = None
         if slots is not None:  # the keys and values of earlier calls too
             k, v = slots.write(self.layer, k, v)                                      # (B, H, S, d)
             mask = slots.mask.type_as(q)
@@ -568,7 +569,7 @@ class PaperFork(Fork):
     survive (eqs. 4-5), so a later token can evict an earlier one's fork. It has no use for a bar."""
     originals_fade = True
 
-    def select(self, logp, streams, budget, earlier_extras, learns):
+    def select(self, logp, streams, budget, earlier_extras, moves_bar):
         """All originals, and the best extras, ceil(r T) in all. Of equal extras the earlier one is better."""
         best_first = logp.masked_fill(kept_originals(streams), math.inf).flatten(1).sort(
             dim=1, descending=True, stable=True).indices                              # (B, 2N)

@@ -310,7 +310,7 @@ class PonderLM2(Rival):
     def states(self, x, streams, log_w, cache):
         """The normed final states (B, N, D) of slots that are fed x (B, N, D); log_w (B, N)."""
         root = math.sqrt(self.config.n_embd // self.config.n_head)                  # attention divides by it
-        streams.logp_channel = torch.stack((torch.ones_like(log_w), root * log_w)).unsqueeze(2)
+        streams.last_channel = torch.stack((torch.ones_like(log_w), root * log_w)).unsqueeze(2)
         return self.ln_f(self.run(x, streams, cache))
 
     def read(self, idx, n, cache, trace):
@@ -404,13 +404,13 @@ class RandomFork(Fork):
         super().__init__(config)
         self.register_buffer("salt", torch.randint(2**31, ()))
 
-    def select(self, logp, streams, budget, earlier_extras, learns):
+    def select(self, logp, streams, budget, earlier_extras, moves_bar):
         begin = torch.searchsorted(streams.token_number, streams.token_number)                  # (B, N)
         pair = torch.arange(begin.size(1), device=begin.device) - begin             # (B, N), from 0 in each token
         place = 2 * pair.unsqueeze(-1) + torch.arange(2, device=begin.device)       # (B, N, 2)
         of_token = scramble(streams.token_number + self.salt & 0xFFFFFFFF).unsqueeze(-1)
         chance = ((scramble(of_token + place) >> 8) + 1).float() / 2**24            # in (0, 1]
-        return super().select(chance.log().to(logp), streams, budget, earlier_extras, learns)
+        return super().select(chance.log().to(logp), streams, budget, earlier_extras, moves_bar)
 
 
 class RandomSelection(Tinybubbles):
@@ -435,7 +435,7 @@ class HandFork(Fork):
     """Placed by hand: hard tokens fork all their streams, and nothing else does. The budget has to hold them."""
     hard = None     # (B, T), which tokens of this call are hard
 
-    def select(self, logp, streams, budget, earlier_extras, learns):
+    def select(self, logp, streams, budget, earlier_extras, moves_bar):
         hard = self.hard.gather(1, streams.owner.clamp(max=streams.T - 1)) & streams.is_real  # (B, N)
         return kept_originals(streams) | hard.unsqueeze(-1)
 
@@ -466,12 +466,12 @@ class NoisyFork(Fork):
         """How strong the noise is while this share of the steps is left, or less than 0 after them."""
         return left.clamp(min=0)
 
-    def select(self, logp, streams, budget, earlier_extras, learns):
+    def select(self, logp, streams, budget, earlier_extras, moves_bar):
         if self.noisy:
             gumbel = -(-torch.rand_like(logp).log()).log()
             logp = logp + self.scale(1 - self.step / self.steps) * gumbel
             self.step += 1
-        return super().select(logp, streams, budget, earlier_extras, learns)
+        return super().select(logp, streams, budget, earlier_extras, moves_bar)
 
 
 class FadingNoise(Mixture):

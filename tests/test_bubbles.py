@@ -50,8 +50,8 @@ def test_the_map_counts_every_stream_and_every_deletion(model, budget):
     """Against what each fork layer chose, read from its answer which candidates survive."""
     idx, chosen = torch.randint(40, (1, 12)), {}
     for name, fork in model.forks.items():
-        def select(logp, streams, budget, earlier_extras, learns, fork=fork, layer=int(name)):
-            survives = type(fork).select(fork, logp, streams, budget, earlier_extras, learns)
+        def select(logp, streams, budget, earlier_extras, moves_bar, fork=fork, layer=int(name)):
+            survives = type(fork).select(fork, logp, streams, budget, earlier_extras, moves_bar)
             chosen[layer] = streams.owner[0], survives[0]
             return survives
         fork.select = select
