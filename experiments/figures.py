@@ -318,10 +318,10 @@ def draw_rivals(found, axes):
     for arm, (flops, mean, half) in found.items():
         color = COLORS[1] if "bubbles" in arm else "#555555"
         axes.errorbar(flops, mean, half, color=color, marker="o", capsize=3)
-        left = arm == "deeper GPT"                                    # on the right is the wider one's interval
-        axes.annotate(arm, (flops, mean), (-7 if left else 7, 5), ha="right" if left else "left",
-                      textcoords="offset points", color=color, fontsize=9)
-    axes.margins(x=0.2)
+        below = arm == "wider GPT"                                    # above its interval is the deeper one's
+        axes.annotate(arm, (flops, mean - half if below else mean + half), (0, -4 if below else 4), ha="center",
+                      va="top" if below else "bottom", textcoords="offset points", color=color, fontsize=9)
+    axes.margins(x=0.2, y=0.1)
     axes.set(xlabel="FLOPs of a generated token, times the plain GPT's",
              ylabel="loss less the plain GPT's, nats (lower is better)")
 
@@ -392,7 +392,7 @@ def draw_placement(found, axes):
 DRAW = dict(rivals=draw_rivals, entropy=draw_entropy, kinds=draw_kinds, attention=draw_attention, budgets=draw_budgets,
             placement=draw_placement, sizes=draw_sizes)
 PANELS = dict(kinds=2, placement=3)
-OF_PRESETS = dict(rivals=(rivals, "text-adamw"), budgets=(budgets, "text"), placement=(placement, "selection"),
+OF_PRESETS = dict(rivals=(rivals, "text"), budgets=(budgets, "text"), placement=(placement, "selection"),
                   sizes=(sizes, "size-0.2M", "size-0.8M", "size-3M", "scale"))
 
 
