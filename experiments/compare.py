@@ -16,10 +16,11 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import zlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from experiments import rivals  # noqa: E402
 from tasks.text import make_data  # noqa: E402
 from tinybubbles import PaperTinybubbles, Tinybubbles  # noqa: E402
 from tools.files import make_folder, read_json, write_atomically, write_picture, write_text  # noqa: E402
-from tools.program import knob, read_flags, refuse  # noqa: E402
+from tools.program import knob, read_flags, refuse, say  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import Trainer  # noqa: E402
 
@@ -150,6 +151,9 @@ class Job:
         return (f"{p.flags} {own} --max_iters {p.marks[-1]} --learning_rate {self.rate} "
                 f"--seed {self.seed}")
 
+    def __str__(self):
+        return f"{self.arm}, rate {self.rate:g}, seed {self.seed}"
+
     def path(self):
         """Of its JSON; two presets whose flags agree share a run."""
         name = "".join(c if c.isalnum() else "_" for c in self.arm)
@@ -157,9 +161,12 @@ class Job:
 
     def done(self):
         """What the run's JSON says, if it is whole: a run that lacks a budget is evaluated again, not trained."""
-        run = read_json(self.path()) if self.path().exists() else dict(loss={})
+        run = read_run(self.path()) if self.path().exists() else dict(loss={})
         last = run["loss"].get(str(PRESETS[self.preset].marks[-1]), {})
         return run if all(f"{budget:g}" in last for budget in ARMS[self.arm].budgets) else None
+
+    def flops_path(self):
+        return self.path().with_suffix("") / "flops.json"
 
     def trained(self):
         """Whether a checkpoint is there: of a run that another machine made, only the JSON is."""
@@ -171,6 +178,33 @@ class Job:
         s = read_flags(TrainSettings, [*self.flags().split(), "--out_dir", str(out)], "")
         saved = torch.load(out / "ckpt.pt", s.device, weights_only=True) if self.trained() else None
         return Trainer(s, saved, lambda config, paper: ARMS[self.arm].make(config))
+
+
+def read_run(path):
+    """What a run's JSON says, or a refusal."""
+    run = read_json(path)
+    if not is_run(run):
+        refuse(f"{path} is not as compare.py writes the JSON of a run; remove it, and the run is made again")
+    return run
+
+
+def is_run(run):
+    """Whether this has what every run has."""
+    try:
+        numbers = [run["seed"], run["rate"], run["parameters"], *(x for at in run["loss"].values() for x in at.values())]
+        texts = [run[name] for name in ("arm", "flags", "optimizer", "commit", "machine")]
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return all(isinstance(x, (int, float)) for x in numbers) and all(isinstance(text, str) for text in texts)
+
+
+def read_results(path):
+    """What a PRESET.json says, or a refusal."""
+    whole = read_json(path)
+    good = isinstance(whole, dict) and isinstance(whole.get("measured"), dict) and isinstance(whole.get("runs"), list)
+    if not (good and all(is_run(run) and run["loss"] for run in whole["runs"])):
+        refuse(f"{path} is not as compare.py writes it; remove it, or put the whole file back")
+    return whole
 
 
 def machine(device):
@@ -194,7 +228,7 @@ def train(job):
     run = dict(arm=job.arm, rate=job.rate, seed=job.seed, flags=job.flags(), loss={},
                parameters=sum(p.numel() for p in trainer.model.parameters()), optimizer=trainer.s.optimizer,
                commit=commit(), machine=machine(trainer.device))
-    run = json.loads(path.read_text()) if path.exists() else run
+    run = read_run(path) if path.exists() else run
     while True:
         step = trainer.step
         if step in marks:
@@ -209,7 +243,7 @@ def train(job):
             path.with_suffix("").mkdir(exist_ok=True)
             write_atomically(path.with_suffix("") / "ckpt.pt", lambda file: torch.save(trainer.checkpoint(), file))
         if step == marks[-1]:
-            return job
+            return say(f"{job}: {run['loss']}")
         trainer.train_step()
 
 
@@ -259,8 +293,8 @@ def count_flops(function):
 
 
 def measure(job):
-    """FLOPs per token of a run that is done: of training (forward and backward, the mean of 8 steps), and of generating
-    at each of its arm's budgets."""
+    """Leave in the folder of a run that is done the FLOPs per token: of training (forward and backward, the mean of 8
+    steps), and of generating at each of its arm's budgets."""
     torch.set_num_threads(1)
     trainer = job.trainer()
     model, T = trainer.model.eval(), trainer.data.T
@@ -272,7 +306,7 @@ def measure(job):
     trainer.optimizers = []                                           # their share depends on the batch's size
     trainer.s.batch_size = 1
     eight_steps = count_flops(lambda: [trainer.train_step() for _ in range(8)])
-    return dict(flops=flops, train_flops=eight_steps / 8 / T)
+    write_text(job.flops_path(), json.dumps(dict(flops=flops, train_flops=eight_steps / 8 / T)))
 
 
 # -- statistics, table, picture ---------------------------------------------------------------------------------------
@@ -409,19 +443,39 @@ class Settings:
     arms: str = knob(None, "train these arms of the preset alone, with ; between them; default: all", "str")
 
 
-def new_pool(s):
-    """--processes of them."""
-    return ProcessPoolExecutor(s.processes, multiprocessing.get_context("spawn"))
+def in_processes(s, work, jobs):
+    """Do `work` with each job in a process of its own, some at a time, and all of them end with this one. If one fails,
+    the others go on."""
+    waiting, running = list(jobs), {}
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        while waiting or running:
+            while waiting and len(running) < s.processes:
+                process = spawn.Process(target=try_job, args=(work, waiting.pop(0)))
+                process.start()
+                running[process.sentinel] = process
+            for sentinel in wait(running):
+                running.pop(sentinel).join()
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def try_job(work, job):
+    """In the process of a job: do it, or say in one sentence why it cannot be done. Ctrl-C is left to the parent, which
+    then ends this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        work(job)
+    except Exception as error:                                        # a damaged checkpoint, memory, a full disk
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        folder = job.path().with_suffix("")
+        refuse(f"{job}: failed ({reason}); if it is damaged, remove {folder} and {folder.name}.json")
 
 
 def train_all(s, jobs):
-    """Make the runs that are not done, some at a time. If one fails, the others go on."""
-    with new_pool(s) as pool:
-        runs = {pool.submit(train, job): job for job in jobs if not job.done()}
-        for run in as_completed(runs):
-            job, error = runs[run], run.exception()
-            told = f"failed, {error!r}" if error else job.done()["loss"]
-            print(f"{job.arm}, rate {job.rate:g}, seed {job.seed}: {told}", flush=True)
+    """Make the runs that are not done."""
+    in_processes(s, train, [job for job in jobs if not job.done()])
 
 
 def choose_rates(s, arms, train):
@@ -447,20 +501,23 @@ def best_rates(jobs):
 
 
 def recall(s):
-    """What PRESET.json says of today's arms: their runs return to --runs. Returns each arm's rate, and what was
-    measured of it."""
-    path, arms, rates = Path(s.results) / f"{s.preset}.json", PRESETS[s.preset].arms, {}
-    told = read_json(path) if path.exists() else dict(runs=[], measured={})
+    """What PRESET.json says: its runs return to --runs, if they are not there. Returns each arm's rate, what was measured
+    of it, and the paths of the runs."""
+    path, rates, paths = Path(s.results) / f"{s.preset}.json", {}, set()
+    told = read_results(path) if path.exists() else dict(runs=[], measured={})
     for run in told["runs"]:
+        if run["arm"] not in PRESETS[s.preset].arms:
+            refuse(f"{path} holds runs of {run['arm']}, which is no arm of the preset {s.preset} any more; name another "
+                   "folder with --results")
         job = Job(s.preset, run["arm"], run["rate"], run["seed"], s.runs)
-        if job.arm in arms and job.flags() != run["flags"]:
+        if job.flags() != run["flags"]:
             refuse(f"{path} holds runs that were made with other flags, as {run['flags']!r}; name another folder with "
                    "--results")
-        if job.arm in arms:
-            rates[job.arm] = job.rate
-            if not job.path().exists():
-                write_text(job.path(), json.dumps(run))
-    return rates, {arm: told["measured"][arm] for arm in rates if arm in told["measured"]}
+        rates[job.arm] = job.rate
+        paths.add(job.path())
+        if not job.done():
+            write_text(job.path(), json.dumps(run))
+    return rates, told["measured"], paths
 
 
 def a_run_a_line(whole):
@@ -501,19 +558,32 @@ def main(argv):
     make_folder(Path(s.runs), "--runs")
     make_folder(results, "--results")
     make_data(read_flags(TrainSettings, p.flags.split(), ""))         # once, before several processes want it
-    rates, found = recall(s)
-    to_train = asked_arms(s) if s.train else ()
-    rates |= choose_rates(s, [arm for arm in to_train if arm not in rates], True)
+    asked = asked_arms(s)
+    rates, found, told = recall(s)
+    rates |= choose_rates(s, [arm for arm in asked if arm not in rates], s.train)
     rates |= choose_rates(s, [arm for arm in p.arms if arm not in rates], False)
     jobs = [Job(s.preset, arm, rates[arm], seed, s.runs) for seed in range(p.seeds) for arm in p.arms if arm in rates]
-    train_all(s, [job for job in jobs if job.arm in to_train])
-    done = [job for job in jobs if job.done()]
+    if s.train:
+        train_all(s, [job for job in jobs if job.arm in asked])
+    sum_up(s, jobs, rates, found, told)
+    undone = [arm for arm in asked if arm not in rates] + [job for job in jobs if job.arm in asked and not job.done()]
+    if s.train and undone:
+        raise SystemExit(f"some of what was asked for failed, as said above; the rest is in {results}")
+
+
+def sum_up(s, jobs, rates, found, told):
+    """Write PRESET.json, .md and .png of what is done. rates: of the arms that have one; found: what was measured of an
+    arm; told: the paths of the runs that must be among those that are done."""
+    p, results, done = PRESETS[s.preset], Path(s.results), [job for job in jobs if job.done()]
     if GPT not in {job.arm for job in done}:
         refuse(f"no run of the {GPT} is done in --runs {s.runs}, so there is nothing to compare with; train it first")
+    if lost := told - {job.path() for job in done}:
+        refuse(f"{results / s.preset}.json holds runs that are not whole in --runs {s.runs} or not of the preset, as "
+               f"{min(lost).name}; nothing is written; train them, or name another folder with --results")
     runs = sorted((job.done() for job in done), key=lambda run: p.arms.index(run["arm"]))
     to_measure = {job.arm: job for job in reversed(done) if job.trained() and job.arm not in found}
-    with new_pool(s) as pool:
-        found |= zip(to_measure, pool.map(measure, to_measure.values()))
+    in_processes(s, measure, to_measure.values())
+    found |= {arm: read_json(job.flops_path()) for arm, job in to_measure.items() if job.flops_path().exists()}
     about = describe(p, runs)
     missing = [arm for arm in p.arms if arm not in rates]
     missing += [f"{job.arm}, seed {job.seed}" for job in jobs if job not in done]
@@ -524,7 +594,14 @@ def main(argv):
     print((results / f"{s.preset}.md").read_text(encoding="utf-8"))
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGHUP"):                                # these end the runs as Ctrl-C does
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
+            signal.signal(getattr(signal, name), interrupt)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

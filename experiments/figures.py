@@ -25,10 +25,10 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from experiments.compare import ARMS, GPT, QUESTION, interval, less  # noqa: E402
+from experiments.compare import ARMS, GPT, QUESTION, interval, less, read_results  # noqa: E402
 from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
-from tools.files import load_checkpoint, make_folder, read_json, write_picture, write_text  # noqa: E402
+from tools.files import load_checkpoint, make_folder, write_picture, write_text  # noqa: E402
 from tools.pictures import count_streams  # noqa: E402
 from tools.program import choose_device, knob, or_refuse, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
@@ -412,19 +412,29 @@ def measure(s):
     if s.figure in OF_PRESETS:
         read, *presets = OF_PRESETS[s.figure]
         paths = [Path(s.results) / f"{preset}.json" for preset in presets]
-        found = [read_json(path) for path in paths if path.exists()]
-        if not found:
+        results = [read_results(path) for path in paths if path.exists()]
+        if not results:
             refuse(f"there is no {paths[0]}; run compare.py --preset {presets[0]} first, or name its folder with "
                    "--results")
-        seeds = {run["seed"] for preset in found for run in preset["runs"]}
-        return read(*found), f"{len(seeds)} paired seeds, 95 % intervals"
+        try:
+            found = read(*results)
+        except (LookupError, ValueError, StopIteration):              # an arm, a mark or a grade is not there
+            found = {}
+        if not (found and all(found.values())):
+            refuse(f"{' and '.join(map(str, paths))} lack what the figure {s.figure} shows; run compare.py --preset "
+                   f"{presets[0]} to its end, or name another folder with --results")
+        seeds = {run["seed"] for preset in results for run in preset["runs"]}
+        return found, f"{len(seeds)} paired seeds, 95 % intervals"
     most = 3 if s.figure == "kinds" else 1
     if len(s.budget) > most:
         refuse(f"--budget of --figure {s.figure} is {most} number{'s' * (most > 1)} at most, not {len(s.budget)}; leave out some")
     device = choose_device(s.device)
     best, last = "best.pt", "ckpt.pt"                                 # compare.py's runs have the last alone
-    load = lambda folder: load_checkpoint(Path(folder) / (best if (Path(folder) / best).exists() else last), device)
-    checkpoint, model = load(s.out_dir)
+    load = lambda folder, flag: load_checkpoint(Path(folder) / (best if (Path(folder) / best).exists() else last), device,
+                                                flag=flag)
+    checkpoint, model = load(s.out_dir, "--out_dir")
+    if checkpoint["settings"]["dataset"] == "urns":
+        refuse(f"--out_dir {s.out_dir} holds a model of the task urns; name one of a text")
     data = Text(TrainSettings(**checkpoint["settings"] | dict(eval_iters=1, batch_size=s.windows)))
     idx, note = torch.from_numpy(data.val_batch(0)[0]).to(device), f"{s.windows} validation windows, 95 % intervals"
     note = f"one checkpoint at a budget of {' and '.join(f'{budget:g}' for budget in s.budget)}; {note} over windows"
@@ -437,7 +447,7 @@ def measure(s):
         return kinds(model, idx, s.budget), note
     if s.figure == "attention":
         return attention(model, idx, s.budget[0]), note
-    gpt = load(s.gpt_dir)[1].eval()
+    gpt = load(s.gpt_dir, "--gpt_dir")[1].eval()
     if gpt.config.fork_layers:
         refuse(f"--gpt_dir {s.gpt_dir} holds a model with fork layers; name a run of train.py --fork_layers none")
     return or_refuse(lambda: entropy(model, gpt, idx, s.budget[0])), note

@@ -6,9 +6,12 @@
 set -u
 part=${1:-} out=${2:-}
 [ -n "$out" ] || { echo "gpu.sh: name a part (tests, bench, scale or sizes) and a folder" >&2; exit 2; }
-mkdir -p "$out"
+mkdir -p "$out" || exit 2
 compare=(python experiments/compare.py --processes 8 --runs out-compare --results "$out" --preset)
-case $part in scale | sizes) [ -e data/linux.txt ] || xz --decompress --keep data/linux.txt.xz || exit ;; esac
+if [ $part = scale ] || [ $part = sizes ]; then
+    [ -e data/linux.txt ] || [ ! -e data/linux.txt.xz ] || xz --decompress --keep data/linux.txt.xz
+    [ -e data/linux.txt ] || { echo "gpu.sh: there is no data/linux.txt; make it with experiments/linux.py" >&2; exit 2; }
+fi
 case $part in
     tests) timeout 580 python -m pytest tests/test_cuda.py -v -s > "$out/test_cuda.txt" 2>&1; tail -40 "$out/test_cuda.txt" ;;
     bench) timeout 590 python experiments/bench.py --preset gpu --results "$out" ;;
@@ -22,6 +25,7 @@ case $part in
            "${compare[@]}" scale --train false &
            bubbles=$(grep -l "n_layer 8" out-compare/bubbles__r___2_0_*.json)     # its checkpoint is too large to bring home
            bubbles=${bubbles%.json}
+           [ -n "$bubbles" ] || { wait; echo "gpu.sh: no run of bubbles is there to look at" >&2; exit 1; }
            python experiments/figures.py --figure kinds --budget 1.5,2 --out_dir "$bubbles" --results "$out" &
            python sample.py --out_dir "$bubbles" --budget 1.5 --max_new_tokens 300 --plot "$out/function.png" \
                --prompt $'\nstatic int find_free_slot(struct table *table, u32 key)\n{\n' &

@@ -49,3 +49,8 @@ def exits(capsys, call, *args, code=2):
 
 def checkpoint(name="out/ckpt.pt"):
     return torch.load(name, weights_only=True)
+
+
+def a_run(arm, seed, loss, parameters=500):
+    """What compare.py writes of a run."""
+    return dict(arm=arm, seed=seed, loss=loss, parameters=parameters, rate=1e-3, flags="", optimizer="", commit="", machine="")

@@ -15,7 +15,7 @@ import sample
 import train
 from experiments import figures
 from experiments.compare import GPT
-from programs import ROOT, VERSE, exits, printed
+from programs import ROOT, VERSE, a_run, exits, printed
 from tinybubbles import Config, Tinybubbles
 from tools import files, pictures
 
@@ -232,13 +232,13 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     assert "out-gpt holds" in exits(capsys, figures.main, ["--figure", "attention", "--out_dir", "out-gpt"]).err
     train.main([*TINY, "--block_size", "8", "--max_iters", "1", "--fork_layers", "none", "--out_dir", "short"])
     assert "block_size" in exits(capsys, figures.main, ["--figure", "entropy", "--gpt_dir", "short"]).err
-    run = lambda arm, seed, loss: dict(arm=arm, seed=seed, loss={"9": loss}, parameters=500 if arm == GPT else 520)
+    run = lambda arm, seed, loss: a_run(arm, seed, {"9": loss}, 500 if arm == GPT else 520)
     runs = [run(GPT, 0, {"1": 1.0}), run(GPT, 1, {"1": 2.0}), run("bubbles, r = 2", 0, {"2": 0.9, "1": 1.1}),
             run("bubbles, r = 2", 1, {"2": 1.7, "1": 2.1}), run("bubbles, elastic", 0, {"2": 0.5})]
     Path("results/text.json").write_text(json.dumps(dict(runs=runs, measured={
         GPT: dict(flops={"1": 2e6}), "bubbles, r = 2": dict(flops={"2": 3e6, "1": 2e6})})))
     Path("results/scale.json").write_text(Path("results/text.json").read_text())
-    graded = lambda arm, seed, *grades: dict(arm=arm, seed=seed, grade=dict(zip("59", grades)))
+    graded = lambda arm, seed, *grades: a_run(arm, seed, {"9": {"1": 1.0}}) | dict(grade=dict(zip("59", grades)))
     none, some = [[0.5, 2.0], [1, 1], [1, 1]], [[0.5, 1.5], [1.5, 3], [1.25, 2]]
     runs = [graded(arm, seed, none, last) for arm, last in ((GPT, none), ("a mixture", some)) for seed in (0, 1)]
     Path("results/selection.json").write_text(json.dumps(dict(runs=runs, measured={})))
@@ -248,7 +248,11 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     found = json.loads(Path("results/budgets.json").read_text())["found"]
     assert found["bubbles, r = 2"]["1"] == pytest.approx([0.1, 0.0], abs=1e-9)
     assert found["bubbles, r = 2"]["2"] == pytest.approx([-0.2, 12.7062 * 0.1], rel=1e-4)
-    found = json.loads(Path("results/sizes.json").read_text())["found"]
+    Path("results/scale.json").write_text(json.dumps(dict(runs=runs[:1], measured={})))      # a GPT alone
+    before = Path("results/sizes.json").read_text()
+    assert "lack what the figure sizes shows" in exits(capsys, figures.main, ["--figure", "sizes", "--results", "results"]).err
+    assert Path("results/sizes.json").read_text() == before
+    found = json.loads(before)["found"]
     assert found == {"bubbles, r = 2": {"500": pytest.approx([-0.2, 12.7062 * 0.1], rel=1e-4)}}
     found = json.loads(Path("results/rivals.json").read_text())["found"]
     assert found["bubbles, r = 2"][:2] == pytest.approx([1.5, -0.2]) and found[GPT] == [1, 0, 0]

@@ -3,8 +3,13 @@ import hashlib
 import io
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +17,16 @@ import pytest
 import torch
 
 from experiments import compare, linux
-from experiments.compare import GPT, Job, interval
-from programs import VERSE, exits
+from experiments.compare import GPT, Job, in_processes, interval
+from programs import ROOT, VERSE, a_run, exits
 from test_tinybubbles import random_model, tokens
 from tinybubbles import PaperTinybubbles
 from train import Trainer
+
+
+def in_this_process(s, work, jobs):
+    for job in jobs:
+        work(job)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +38,7 @@ def results(tmp_path_factory):
         Path("data").mkdir()
         Path("data/shakespeare.txt").write_text(VERSE * 40, "utf-8")
         patch.setattr("tasks.plays.TEXT_SHA256", hashlib.sha256((VERSE * 40).encode()).hexdigest())
-        patch.setattr(compare, "new_pool", lambda s: ThreadPoolExecutor(1))
+        patch.setattr(compare, "in_processes", in_this_process)
         compare.main(["--results", "results"])
         yield json.loads(Path("results/smoke.json").read_text())
 
@@ -131,7 +141,8 @@ def test_the_rate_is_the_better_with_three_seeds_of_the_two_best_with_one(tmp_pa
 
     def finish(rate, *losses):
         for seed, loss in enumerate(losses):
-            Job("mine", GPT, rate, seed, s.runs).path().write_text(json.dumps(dict(loss={"5": {"1": loss}})))
+            job = Job("mine", GPT, rate, seed, s.runs)
+            job.path().write_text(json.dumps(a_run(job.arm, seed, {"5": {"1": loss}})))
     finish(1e-3, 0.5, 2.0, 2.0)
     finish(2e-3, 2.0)
     finish(4e-3, 1.0)
@@ -143,18 +154,38 @@ def test_the_rate_is_the_better_with_three_seeds_of_the_two_best_with_one(tmp_pa
     assert choose() == {GPT: 4e-3}
 
 
-def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    def train(job):
-        if job.seed == 0:
-            raise MemoryError("too large")
-        job.path().write_text(json.dumps(dict(loss={"10": {"1": 2.5}})))
-        return job
-    monkeypatch.setattr(compare, "new_pool", lambda s: ThreadPoolExecutor(1))
-    monkeypatch.setattr(compare, "train", train)
-    compare.train_all(compare.Settings(), [Job("smoke", GPT, 4e-3, seed, str(tmp_path)) for seed in (0, 1)])
-    said = sorted(capsys.readouterr().out.splitlines())
-    assert said == ["plain GPT, rate 0.004, seed 0: failed, MemoryError('too large')",
-                    "plain GPT, rate 0.004, seed 1: {'10': {'1': 2.5}}"]
+def fail_or_touch(job):
+    if job.seed == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.seed == 1:
+        raise RuntimeError("too large")
+    Path(job.folder, str(job.seed)).touch()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capfd):
+    jobs = [Job("smoke", GPT, 4e-3, seed, str(tmp_path)) for seed in range(3)]
+    in_processes(compare.Settings(), fail_or_touch, jobs)
+    assert (tmp_path / "2").exists()
+    said = capfd.readouterr().err
+    assert "plain GPT, rate 0.004, seed 1: failed (too large)" in said and "Traceback" not in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no process groups")
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_whoever_stops_the_program_stops_its_runs(tmp_path, number):
+    command = [sys.executable, ROOT / "experiments/compare.py", "--preset", "selection", "--arms", GPT, "--processes", "1",
+               "--results", tmp_path / "results", "--runs", tmp_path / "runs"]
+    program = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("runs/*/ckpt.pt")):
+        assert program.poll() is None
+        time.sleep(0.1)
+    program.send_signal(number)
+    said = program.communicate()[1]
+    assert program.returncode == 1 and said == "stopped; what is done is kept, and the same command goes on\n"
+    with pytest.raises(ProcessLookupError):                           # soon nobody of its group is left
+        for _ in range(100):
+            os.killpg(program.pid, 0)
+            time.sleep(0.1)
 
 
 def test_only_the_arms_that_are_asked_for_are_trained_and_all_are_summed_up(results, monkeypatch, capsys):
@@ -190,6 +221,25 @@ def test_results_are_never_lost(results, capsys):
         assert word in said and said.count("\n") == 1 and Path("other/smoke.json").read_text() == text
     said = exits(capsys, compare.main, ["--results", "none", "--runs", "no-runs", "--train", "false"]).err
     assert "nothing to compare with" in said and not list(Path("none").iterdir())
+    for change in (lambda run: run["loss"].pop("10"), lambda run: run.update(seed=7), lambda run: run.update(arm="pauses")):
+        whole = json.loads(Path("results/smoke.json").read_text())
+        change(whole["runs"][5])
+        before = json.dumps(whole)
+        Path("other/smoke.json").write_text(before)
+        said = exits(capsys, compare.main, ["--results", "other", "--runs", "no-runs", "--train", "false"]).err
+        assert said.count("\n") == 1 and Path("other/smoke.json").read_text() == before
+        shutil.rmtree("no-runs")
+
+
+@pytest.mark.parametrize("text", ("[]", "null", "{}", '{"loss": []}', '{"loss": {"10": {"2": 5}}}', '{"runs": 3}',
+                                  '{"runs": [{}], "measured": {}}', '{"runs": [], "measured": []}'))
+def test_a_file_of_another_form_is_refused(results, capsys, text):
+    for path in (Path("odd/smoke.json"), Job("smoke", GPT, 4e-3, 0, "odd-runs").path()):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        said = exits(capsys, compare.main, ["--results", "odd", "--runs", "odd-runs", "--train", "false"]).err
+        assert said.count("\n") == 1 and f"{path} is not as" in said
+        path.unlink()
 
 
 def test_every_arm_of_every_preset_can_be_made(tmp_path, results):

@@ -24,7 +24,7 @@ RUN_FILES = "ckpt.pt", "best.pt", "log.csv"
 def write_atomically(path, write):
     """Have `write(file)` fill a new file beside `path`, then put it in its place: whoever looks sees all or nothing,
     after a crash too. If that fails, it is a refusal, and what was there stays."""
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         refuse(f"{path} is not a file that can be replaced; name another one")
     os.replace(write_beside(path, write), path)
 
@@ -177,11 +177,11 @@ def make_model(config, paper):
     return PaperTinybubbles(config) if paper else Tinybubbles(config)
 
 
-def load_checkpoint(path, device, settings_class=None):
+def load_checkpoint(path, device, settings_class=None, flag="--out_dir"):
     """A checkpoint that train.py wrote, a dict, and its model; or a refusal, also if its settings are not those of
-    `settings_class`. No code inside the file is run."""
+    `settings_class`. No code inside the file is run. flag: what names its folder."""
     if not os.path.isfile(path):
-        refuse(f"there is no checkpoint {path}; run train.py first, or name its folder with --out_dir")
+        refuse(f"there is no checkpoint {path}; run train.py first, or name its folder with {flag}")
     try:
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():
@@ -196,5 +196,5 @@ def load_checkpoint(path, device, settings_class=None):
             raise ValueError(f"its {model.config.vocab_size} tokens are not bytes")
     except Exception as error:                                        # whatever can be wrong with a file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        refuse(f"{path} is not a checkpoint of this train.py ({reason}); train again or name another --out_dir")
+        refuse(f"{path} is not a checkpoint of this train.py ({reason}); train again or name another {flag}")
     return checkpoint, model
