@@ -110,7 +110,7 @@ class Tinybubbles(nn.Module):
         self.forks = nn.ModuleDict({str(layer): self.new_fork_layer() for layer in config.fork_layers})
         self.ln_f = nn.LayerNorm(config.n_embd, bias=False)
         d = config.n_embd // config.n_head
-        frequency = 10000.0 ** (-torch.arange(0, d, 2) / d)                           # (d/2,), rotary positions'
+        frequency = 10000.0 ** (-torch.arange(0, d, 2) / d)                           # (d/2,), of rotary positions
         self.register_buffer("frequency", frequency, persistent=False)
 
     def new_fork_layer(self):
@@ -269,7 +269,7 @@ class Fork(nn.Module):
         # own budgets with its bars.
         self.register_buffer("budgets", torch.tensor(config.bar_budgets))             # (R,), rising
         self.register_buffer("bar", torch.full_like(self.budgets, NEVER_MEASURED))    # (R,), log P
-        self.lowest_logp = MIN_SCORE * len(config.fork_layers)                        # after the lowest score in each
+        self.lowest_logp = MIN_SCORE * len(config.fork_layers)                        # the lowest that a log P can be
 
     def forward(self, x, streams, budget, earlier_extras, cached):
         """Score, select, gather: of the streams x (B, N, D), the surviving candidates as x (B, N', D), owner
