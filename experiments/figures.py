@@ -318,7 +318,7 @@ def draw_rivals(found, axes):
     for arm, (flops, mean, half) in found.items():
         color = COLORS[1] if "bubbles" in arm else "#555555"
         axes.errorbar(flops, mean, half, color=color, marker="o", capsize=3)
-        below = arm == "wider GPT"                                    # above its interval is the deeper one's
+        below = arm in ("wider GPT", "PonderLM-2")                    # above their intervals are others
         axes.annotate(arm, (flops, mean - half if below else mean + half), (0, -4 if below else 4), ha="center",
                       va="top" if below else "bottom", textcoords="offset points", color=color, fontsize=9)
     axes.margins(x=0.2, y=0.1)
