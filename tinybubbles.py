@@ -46,6 +46,7 @@ streams: the rest is padding, on the right.
 """
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,7 @@ class Config:
                 raise ValueError(f"{name} must be a whole number >= 1, not {value!r}")
         if self.n_embd % (2 * self.n_head):  # rotary positions turn the channels of a head in pairs
             raise ValueError(f"n_embd must be a multiple of 2 n_head = {2 * self.n_head}, not {self.n_embd}")
-        layers = self.fork_layers if isinstance(self.fork_layers, (tuple, list)) else [None]
+        layers = self.fork_layers if isinstance(self.fork_layers, Sequence) else [None]
         are_blocks = all(type(layer) is int and 0 <= layer < self.n_layer for layer in layers)
         if not are_blocks or len(set(layers)) < len(layers):
             raise ValueError(f"fork_layers must be different whole numbers from 0 to {self.n_layer - 1}, not "
