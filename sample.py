@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tasks.text import decoder, encode
-from tools.files import load_checkpoint
+from tools.files import best_or_last, load_checkpoint
 from tools.pictures import legend, plot, read_bubbles, shade
 from tools.program import choose_device, knob, read_flags, refuse, show_all_characters
 
@@ -32,12 +32,6 @@ class Settings:
     plot: str = knob(None, "draw the first sample's streams as this .png, .pdf or .svg; default: no picture", "str")
     compile: bool = knob(False, "torch.compile the step that reads one token: slow to start, faster then")
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
-
-
-def choose_checkpoint(s):
-    """The path of the checkpoint to sample from."""
-    best, last = Path(s.out_dir) / "best.pt", Path(s.out_dir) / "ckpt.pt"
-    return best if s.checkpoint == "best" and os.path.exists(best) else last
 
 
 def read_prompt(prompt, vocabulary):
@@ -83,7 +77,8 @@ def main(argv):
     if s.plot and not (Path(s.plot).suffix in (".png", ".pdf", ".svg") and os.access(Path(s.plot).parent, os.W_OK)
                        and not os.path.isdir(s.plot)):
         refuse(f"--plot must be a .png, .pdf or .svg in a folder that can be written to, not {s.plot!r}")
-    checkpoint, model = load_checkpoint(choose_checkpoint(s), choose_device(s.device))
+    path = best_or_last(s.out_dir) if s.checkpoint == "best" else os.path.join(s.out_dir, "ckpt.pt")
+    checkpoint, model = load_checkpoint(path, choose_device(s.device))
     vocabulary = checkpoint["vocabulary"]
     prompt = encode(read_prompt(s.prompt, vocabulary), vocabulary, model.config.vocab_size)
     model.eval()

@@ -35,7 +35,7 @@ from experiments import rivals  # noqa: E402
 from tasks.text import make_data  # noqa: E402
 from tinybubbles import PaperTinybubbles, Tinybubbles  # noqa: E402
 from tools.files import make_folder, read_json, write_atomically, write_picture, write_text  # noqa: E402
-from tools.program import knob, read_flags, refuse, say  # noqa: E402
+from tools.program import first_line, knob, read_flags, refuse, say  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import Trainer  # noqa: E402
 
@@ -104,8 +104,15 @@ class Preset:
     beside: str = "bubbles, r = 2"  # the other arm that the table's differences are to
 
 
-LINUX = "--device cuda --dataset data/linux.txt --compile --block_size 512"
 QUESTION = GPT, "bubbles, r = 2", "random selection"  # whether forks pay, and whether it matters where they are
+
+
+def on_linux(sizes, *more_arms):
+    """Models of these sizes on Linux's source, on a GPU. All sizes read as many tokens, an eighth of the text."""
+    return Preset(f"--device cuda --dataset data/linux.txt --compile --block_size 512 {sizes} --batch_size 32",
+                  (*QUESTION, *more_arms), 4, (8e-3,), (1860,), true_batches=4)
+
+
 SMALL = "--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8"
 PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
@@ -123,16 +130,11 @@ PRESETS = {
                         "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
-    "scale": Preset(f"{LINUX} --n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4,6 --batch_size 32",
-                    (*QUESTION, "copy-2", "forked once", "bubbles, r = 4", "the authors' code"), 4, (8e-3,), (1860,),
-                    true_batches=4),
-    # The same in smaller models, which read as many tokens.
-    "size-0.2M": Preset(f"{LINUX} --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 32", QUESTION, 4,
-                        (8e-3,), (1860,)),
-    "size-0.8M": Preset(f"{LINUX} --n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2 --batch_size 32", QUESTION, 4,
-                        (8e-3,), (1860,)),
-    "size-3M": Preset(f"{LINUX} --n_layer 6 --n_head 4 --n_embd 208 --fork_layers 1,3,4 --batch_size 32", QUESTION, 4,
-                      (8e-3,), (1860,)),
+    "scale": on_linux("--n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4,6",
+                      "copy-2", "forked once", "bubbles, r = 4", "the authors' code"),
+    "size-0.2M": on_linux("--n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2"),
+    "size-0.8M": on_linux("--n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2"),
+    "size-3M": on_linux("--n_layer 6 --n_head 4 --n_embd 208 --fork_layers 1,3,4"),
 }
 
 
@@ -468,9 +470,8 @@ def try_job(work, job):
     try:
         work(job)
     except Exception as error:                                        # a damaged checkpoint, memory, a full disk
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         folder = job.path().with_suffix("")
-        refuse(f"{job}: failed ({reason}); if it is damaged, remove {folder} and {folder.name}.json")
+        refuse(f"{job}: failed ({first_line(error)}); if it is damaged, remove {folder} and {folder.name}.json")
 
 
 def train_all(s, jobs):

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from experiments.compare import ARMS, GPT, QUESTION, interval, less, read_results  # noqa: E402
 from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
-from tools.files import load_checkpoint, make_folder, write_picture, write_text  # noqa: E402
+from tools.files import best_or_last, load_checkpoint, make_folder, write_picture, write_text  # noqa: E402
 from tools.pictures import count_streams  # noqa: E402
 from tools.program import choose_device, knob, or_refuse, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
@@ -429,9 +429,7 @@ def measure(s):
     if len(s.budget) > most:
         refuse(f"--budget of --figure {s.figure} is {most} number{'s' * (most > 1)} at most, not {len(s.budget)}; leave out some")
     device = choose_device(s.device)
-    best, last = "best.pt", "ckpt.pt"                                 # compare.py's runs have the last alone
-    load = lambda folder, flag: load_checkpoint(Path(folder) / (best if (Path(folder) / best).exists() else last), device,
-                                                flag=flag)
+    load = lambda folder, flag: load_checkpoint(best_or_last(folder), device, flag=flag)
     checkpoint, model = load(s.out_dir, "--out_dir")
     if checkpoint["settings"]["dataset"] == "urns":
         refuse(f"--out_dir {s.out_dir} holds a model of the task urns; name one of a text")

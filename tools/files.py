@@ -10,7 +10,7 @@ import zipfile
 import torch
 
 from tinybubbles import Config, PaperTinybubbles, Tinybubbles
-from tools.program import refuse, say
+from tools.program import first_line, refuse, say
 
 try:
     import fcntl
@@ -51,7 +51,7 @@ def write_beside(path, write):
         with contextlib.suppress(OSError):
             scratch.unlink()
         disk = error.__context__ if isinstance(error, RuntimeError) else error       # torch.save's own hides the disk's
-        reason = getattr(disk, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(disk, "strerror", None) or first_line(error)
         refuse(f"{path} cannot be written ({reason}), and what was there is kept; {remedy(disk, path.parent)}, then go on")
     return scratch
 
@@ -177,6 +177,12 @@ def make_model(config, paper):
     return PaperTinybubbles(config) if paper else Tinybubbles(config)
 
 
+def best_or_last(folder):
+    """The path of a run's best.pt, or of its ckpt.pt if it has no best one, as the runs of compare.py."""
+    best = os.path.join(folder, "best.pt")
+    return best if os.path.exists(best) else os.path.join(folder, "ckpt.pt")
+
+
 def load_checkpoint(path, device, settings_class=None, flag="--out_dir"):
     """A checkpoint that train.py wrote, a dict, and its model; or a refusal, also if its settings are not those of
     `settings_class`. No code inside the file is run. flag: what names its folder."""
@@ -195,6 +201,5 @@ def load_checkpoint(path, device, settings_class=None, flag="--out_dir"):
         if checkpoint["vocabulary"] is None and model.config.vocab_size != 256:
             raise ValueError(f"its {model.config.vocab_size} tokens are not bytes")
     except Exception as error:                                        # whatever can be wrong with a file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        refuse(f"{path} is not a checkpoint of this train.py ({reason}); train again or name another {flag}")
+        refuse(f"{path} is not a checkpoint of this train.py ({first_line(error)}); train again or name another {flag}")
     return checkpoint, model

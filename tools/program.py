@@ -32,6 +32,11 @@ def check_finite(loss, step, folder):
     return loss
 
 
+def first_line(error):
+    """The first line of what an error says, or its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def or_refuse(make):
     """What `make` returns; its ValueError, one sentence, is a refusal."""
     try:
