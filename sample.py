@@ -77,7 +77,7 @@ def main(argv):
     if s.plot and not (Path(s.plot).suffix in (".png", ".pdf", ".svg") and os.access(Path(s.plot).parent, os.W_OK)
                        and not os.path.isdir(s.plot)):
         refuse(f"--plot must be a .png, .pdf or .svg in a folder that can be written to, not {s.plot!r}")
-    path = best_or_last(s.out_dir) if s.checkpoint == "best" else os.path.join(s.out_dir, "ckpt.pt")
+    path = best_or_last(s.out_dir) if s.checkpoint == "best" else Path(s.out_dir) / "ckpt.pt"
     checkpoint, model = load_checkpoint(path, choose_device(s.device))
     vocabulary = checkpoint["vocabulary"]
     prompt = encode(read_prompt(s.prompt, vocabulary), vocabulary, model.config.vocab_size)

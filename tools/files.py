@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -179,8 +180,8 @@ def make_model(config, paper):
 
 def best_or_last(folder):
     """The path of a run's best.pt, or of its ckpt.pt if it has no best one, as the runs of compare.py."""
-    best = os.path.join(folder, "best.pt")
-    return best if os.path.exists(best) else os.path.join(folder, "ckpt.pt")
+    best, last = Path(folder) / "best.pt", Path(folder) / "ckpt.pt"
+    return best if os.path.exists(best) else last
 
 
 def load_checkpoint(path, device, settings_class=None, flag="--out_dir"):
