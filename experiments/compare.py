@@ -105,14 +105,7 @@ class Preset:
 
 
 QUESTION = GPT, "bubbles, r = 2", "random selection"  # whether forks pay, and whether it matters where they are
-
-
-def on_linux(sizes, *more_arms):
-    """Models of these sizes on Linux's source, on a GPU. All sizes read as many tokens, an eighth of the text."""
-    return Preset(f"--device cuda --dataset data/linux.txt --compile --block_size 512 {sizes} --batch_size 32",
-                  (*QUESTION, *more_arms), 4, (8e-3,), (1860,), true_batches=4)
-
-
+LINUX = "--dataset data/linux.txt"  # of which no run reads more than a third
 SMALL = "--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8"
 PRESETS = {
     "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
@@ -130,11 +123,17 @@ PRESETS = {
                         "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
-    "scale": on_linux("--n_layer 8 --n_head 6 --n_embd 384 --fork_layers 2,4,6",
-                      "copy-2", "forked once", "bubbles, r = 4", "the authors' code"),
-    "size-0.2M": on_linux("--n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2"),
-    "size-0.8M": on_linux("--n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2"),
-    "size-3M": on_linux("--n_layer 6 --n_head 4 --n_embd 208 --fork_layers 1,3,4"),
+    "scale": Preset(f"--device cuda {LINUX} --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
+                    "--fork_layers 2,4,6 --batch_size 32",
+                    (*QUESTION, "copy-2", "forked once", "bubbles, r = 4", "the authors' code"), 4, (8e-3,), (1860,),
+                    true_batches=4),
+    # Each of these reads 20 tokens for each of its parameters.
+    "size-0.2M": Preset(f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 "
+                        "--batch_size 16", QUESTION, 10, (16e-3,), (2100,)),
+    "size-0.8M": Preset(f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2 "
+                        "--batch_size 16", QUESTION, 10, (8e-3,), (8000,)),
+    "size-3M": Preset(f"--device cuda {LINUX} --compile --block_size 128 --n_layer 6 --n_head 4 --n_embd 208 "
+                      "--fork_layers 1,3,4 --batch_size 128", QUESTION, 10, (8e-3,), (3900,)),
 }
 
 

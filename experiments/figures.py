@@ -423,8 +423,8 @@ def measure(s):
         if not (found and all(found.values())):
             refuse(f"{' and '.join(map(str, paths))} lack what the figure {s.figure} shows; run compare.py --preset "
                    f"{presets[0]} to its end, or name another folder with --results")
-        seeds = {run["seed"] for preset in results for run in preset["runs"]}
-        return found, f"{len(seeds)} paired seeds, 95 % intervals"
+        seeds = [len({run["seed"] for run in preset["runs"]}) for preset in results]
+        return found, f"{' to '.join(map(str, sorted({min(seeds), max(seeds)})))} paired seeds, 95 % intervals"
     most = 3 if s.figure == "kinds" else 1
     if len(s.budget) > most:
         refuse(f"--budget of --figure {s.figure} is {most} number{'s' * (most > 1)} at most, not {len(s.budget)}; leave out some")

@@ -1,24 +1,22 @@
 #!/bin/bash
-# What only a GPU can tell: bash experiments/gpu.sh tests|bench|scale|sizes FOLDER [ARMS]. Each part ends by itself in 10
-# minutes and leaves its output in FOLDER; all but tests, called again, go on with what is there. scale and sizes want
-# data/linux.txt, or the same as linux.txt.xz; scale trains the ARMS (compare.py --help), or all. Where the code is
+# What only a GPU can tell: bash experiments/gpu.sh tests|bench|scale|size-3M FOLDER [ARMS]. Each part ends by itself in
+# 10 minutes and leaves its output in FOLDER; all but tests, called again, go on with what is there. scale and size-3M
+# want data/linux.txt, or the same as linux.txt.xz; scale trains the ARMS (compare.py --help), or all. Where the code is
 # without git, COMMIT in the environment names it.
 set -u
 part=${1:-} out=${2:-}
-[ -n "$out" ] || { echo "gpu.sh: name a part (tests, bench, scale or sizes) and a folder" >&2; exit 2; }
+[ -n "$out" ] || { echo "gpu.sh: name a part (tests, bench, scale or size-3M) and a folder" >&2; exit 2; }
 mkdir -p "$out" || exit 2
 compare=(python experiments/compare.py --processes 8 --runs out-compare --results "$out" --preset)
-if [ $part = scale ] || [ $part = sizes ]; then
+if [ $part = scale ] || [ $part = size-3M ]; then
     [ -e data/linux.txt ] || [ ! -e data/linux.txt.xz ] || xz --decompress --keep data/linux.txt.xz
     [ -e data/linux.txt ] || { echo "gpu.sh: there is no data/linux.txt; make it with experiments/linux.py" >&2; exit 2; }
 fi
 case $part in
     tests) timeout 580 python -m pytest tests/test_cuda.py -v -s > "$out/test_cuda.txt" 2>&1; tail -40 "$out/test_cuda.txt" ;;
     bench) timeout 590 python experiments/bench.py --preset gpu --results "$out" ;;
-    sizes) for size in 0.2M 0.8M 3M; do
-               timeout 150 "${compare[@]}" size-$size
-               "${compare[@]}" size-$size --train false
-           done ;;
+    size-3M) timeout 500 "${compare[@]}" size-3M
+             "${compare[@]}" size-3M --train false ;;
     scale) only=()
            [ -z "${3:-}" ] || only=(--arms "$3")
            timeout 450 "${compare[@]}" scale "${only[@]}"
@@ -30,5 +28,5 @@ case $part in
            python sample.py --out_dir "$bubbles" --budget 1.5 --max_new_tokens 300 --plot "$out/function.png" \
                --prompt $'\nstatic int find_free_slot(struct table *table, u32 key)\n{\n' &
            wait ;;
-    *) echo "gpu.sh: no part called $part; there are tests, bench, scale and sizes" >&2; exit 2 ;;
+    *) echo "gpu.sh: no part called $part; there are tests, bench, scale and size-3M" >&2; exit 2 ;;
 esac
