@@ -23,7 +23,8 @@ Words used here, each with one meaning:
     budget r    how many streams a token may own on average (in the picture 1.5)
     quota       ceil(r t), how many streams the first t tokens of a text may own together, for every t
     bar         the log P that an extra must reach to be wanted. Each fork layer has a bar for each budget of a
-                list, and training measures them (see `move_bar` and `bar_for`)
+                list. A forward pass that trains moves the bars of its own budget (see `move_bar`), and
+                `measure_bars` in train.py sets the others
     segment     the blocks from one fork layer to the next, in which the streams stay the same
 
 Four things that are easy to get wrong:
@@ -32,8 +33,8 @@ Four things that are easy to get wrong:
     2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Without a bar
        it would be spent on whatever comes first. So there is the bar, which about r - 1 of all extras per token
        reach. An extra below it is refused even if there is room, and the room stays for later extras that reach
-       it. At r = 2 or more the first fork layer has room for all its extras, so it forks every token, and only
-       later fork layers choose.
+       it. (If a whole batch leaves room for all its extras, the bar goes so low that all reach it. At r = 2 or more
+       that is so in the first fork layer: it forks every token, and only later fork layers choose.)
     3. Room is given out from left to right, stream by stream; each stream that would stay is served just before
        its own new fork. So a new fork never takes the room of its parent (though it can survive when its parent
        misses the bar and is deleted), and no later token changes an earlier choice.
@@ -69,7 +70,7 @@ class Config:
     n_embd: int = 128
     fork_layers: tuple = (1, 2)    # before these blocks, counted from 0, are fork layers; () is a plain GPT
     budget: float = 2.0            # streams per token; 1 means no forks
-    bar_budgets: tuple = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 6.0, 8.0)  # `budget` joins them
+    bar_budgets: tuple = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 6.0, 8.0)  # some more join them below
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -86,9 +87,10 @@ class Config:
                              f"{self.fork_layers!r}")
         self.fork_layers = tuple(sorted(self.fork_layers))
         self.budget = check_budget(self.budget)
-        # A fork layer can at most double the streams, so no higher budget than `most` can be spent.
+        # A fork layer can at most double the streams, so no higher budget than `most` can be spent. As `most` is in the
+        # list, each one that can is in it, or has a higher one there.
         most = 2.0 ** len(self.fork_layers)
-        self.bar_budgets = tuple(sorted({1.0, most, self.budget, *map(check_budget, self.bar_budgets)}))
+        self.bar_budgets = tuple(sorted({most, self.budget, *map(check_budget, self.bar_budgets)}))
 
 
 def check_budget(budget):
@@ -142,8 +144,8 @@ class Tinybubbles(nn.Module):
         """The method: embed, then fork and run the blocks, then merge. Returns the logits (B, T, V), and the
         number of streams that this call added to each segment, (segments, B, 1)."""
         B, T = idx.shape
-        # How many streams of earlier calls each segment holds, and how many tokens these calls have read: segment
-        # 0 holds originals alone.
+        # How many streams of earlier calls each segment holds, and how many tokens these calls have read, which is
+        # the same as what segment 0 holds: there each token has one stream.
         filled = idx.new_zeros(1 + len(self.forks), B, 1) if cache is None else cache.filled
         seen = filled[0]                                                              # (B, 1)
         x = self.drop(self.wte(idx))                                                  # (B, T, D)
@@ -246,9 +248,9 @@ class Tinybubbles(nn.Module):
 
 
 def init_matrix(module, config, added=1):
-    """Draw a weight matrix from N(0, 2 / (5 D added)), where `added` is how many of its outputs are added to
-    one stream. At D = 1,000 that is GPT-2's standard deviation of 0.02, which is too small for small
-    models."""
+    """Draw a weight matrix from N(0, 2 / (5 D added)). `added` is for a matrix whose output is added to the
+    stream, as each block adds two: it is how many such matrices the model has. At D = 1,000 and without it that is
+    GPT-2's standard deviation of 0.02, which is too small for small models."""
     nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * config.n_embd * added)))
     return module
 
@@ -303,10 +305,10 @@ class Fork(nn.Module):
         return x, owner, logp
 
     def width(self, survives, T, budget, cached):
-        """How many columns the survivors get, at least as many as the widest row needs. To count them makes a
-        GPU wait, and a shape that depends on the data cannot be compiled. So without a cache it is what the
-        quota allows. With a cache the tokens of this call may use room that earlier ones left, so they may own
-        more than that; there we do count, and a compiled step takes all candidates."""
+        """How many columns the survivors get, at least as many as the widest row needs. Without a cache that is
+        what the quota of T tokens allows. With a cache it can be more, as the tokens of this call may use room that
+        earlier ones left: so the survivors are counted. But to count makes a GPU wait, and a shape that depends on
+        the data cannot be compiled, so a compiled step takes all candidates."""
         if not cached:
             return min(survives.size(1), quota(budget, T))
         if torch.compiler.is_compiling():
@@ -351,8 +353,8 @@ class Fork(nn.Module):
         best_first = logp.masked_fill(~is_extra, PADDING).flatten().sort(descending=True).values
         reached = best_first.gather(0, (count - 1).clamp(0, len(best_first) - 1))
         # 1e-3 lower, so that if the same extras come again, rounding does not put them under the bar. If the
-        # budget has room for every extra of the batch, the bar becomes the lowest possible log P, which every
-        # extra reaches. (At r = 1 there is room for none. The best extra sets the bar, and the quota refuses it.)
+        # budget has room for every extra of the batch, the target is the lowest possible log P, which every extra
+        # reaches. (At r = 1 there is room for none. The best extra sets the bar, and the quota refuses it.)
         has_room_for_all = count >= is_extra.sum()
         target = torch.where(has_room_for_all, self.lowest_logp, reached - 1e-3)
         bar = self.bar.gather(0, bar_index)
@@ -371,8 +373,8 @@ def quota(budget, t):
 
     The product is rounded before it is raised, as that of floats can be a little too large: 1.1 * 50 is
     55.00000000000001. It is computed in whole numbers, in units of 1e-12, so that all devices agree."""
-    units = round(budget * 10**12) * t
-    return -(-(units - 500_000) // 10**12)  # half of 1e-6 is taken off; -(-a // b) raises a / b to a whole number
+    units = round(budget * 10**12) * t - 500_000  # half of 1e-6 less, so that what rounding would lower is not raised
+    return -(-units // 10**12)                    # -(-a // b) is ceil(a / b) in whole numbers
 
 
 def admit(wanted, allowed, used):
@@ -427,8 +429,8 @@ class Streams:
         self.sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)                     # (B, 1, N, d)
 
     def rotate(self, heads):
-        """Turn the queries or keys (..., B, H, N, d) to the positions of their streams: of a head's two
-        halves (a, b), a becomes a cos - b sin, and b becomes b cos + a sin."""
+        """Turn the queries or keys (..., B, H, N, d) to the positions of their streams. Channel i of a head's
+        first half and channel i of its second, (a, b), become (a cos - b sin, b cos + a sin)."""
         return heads * self.cos + heads.roll(heads.size(-1) // 2, -1) * self.sin
 
     def sum_per_token(self, values):
@@ -445,9 +447,9 @@ class CausalSelfAttention(nn.Module):
         weight_ij = softmax over j of (q_i . k_j + log P_j) / sqrt(d)
         y_i       = sum over j of weight_ij P_j v_j
 
-    so log P_j is scaled as well. To add it, the last channel of each head is given up: there q is 1 and k is
-    log P, so any attention kernel serves. As in the authors' code this happens after the rotation: of the pair of
-    channels that turns most slowly, half is lost."""
+    so log P_j is scaled as well. To add it, a model with fork layers gives up the last channel of each head:
+    there q is 1 and k is log P, so any attention kernel serves. As in the authors' code this happens after the
+    rotation: of the pair of channels that turns most slowly, half is lost."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -571,7 +573,8 @@ class PaperFork(Fork):
     originals_fade = True
 
     def select(self, logp, streams, budget, earlier_extras, moves_bar):
-        """All originals, and the best extras, ceil(r T) in all. Of equal extras the earlier one is better."""
+        """All originals, and the best extras, ceil(r T) in all. Of equal extras the left one is better, and a new
+        fork is left of its parent."""
         best_first = logp.masked_fill(kept_originals(streams), math.inf).flatten(1).sort(
             dim=1, descending=True, stable=True).indices                              # (B, 2N)
         best = best_first[:, :quota(budget, streams.T)]

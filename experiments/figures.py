@@ -402,7 +402,7 @@ class Settings:
     out_dir: str = knob("out", "a run of train.py with forks, for entropy, kinds and attention")
     gpt_dir: str = knob("out-gpt", "a run of train.py --fork_layers none, for entropy")
     budget: tuple = knob((1.5,), "streams per token, for entropy and attention; several for kinds", "floats", low=1)
-    windows: int = knob(64, "validation windows, for entropy, kinds and attention", low=2)
+    windows: int = knob(64, "validation windows, for entropy, kinds and attention; at most all that there are", low=2)
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
     results: str = knob(str(ROOT / "experiments" / "results"), "where pictures and numbers go; compare.py's are there")
 
@@ -433,8 +433,11 @@ def measure(s):
     checkpoint, model = load(s.out_dir, "--out_dir")
     if checkpoint["settings"]["dataset"] == "urns":
         refuse(f"--out_dir {s.out_dir} holds a model of the task urns; name one of a text")
-    data = Text(TrainSettings(**checkpoint["settings"] | dict(eval_iters=1, batch_size=s.windows)))
-    idx, note = torch.from_numpy(data.val_batch(0)[0]).to(device), f"{s.windows} validation windows, 95 % intervals"
+    settings = TrainSettings(**checkpoint["settings"] | dict(eval_iters=1))
+    data = Text(settings)
+    settings.batch_size = min(s.windows, len(data.val) // data.T)     # if windows overlapped, the intervals would be wrong
+    idx = torch.from_numpy(data.val_batch(0)[0]).to(device)
+    note = f"{settings.batch_size} validation windows, 95 % intervals"
     note = f"one checkpoint at a budget of {' and '.join(f'{budget:g}' for budget in s.budget)}; {note} over windows"
     if not model.config.fork_layers:
         refuse(f"--out_dir {s.out_dir} holds a model without fork layers; name one with forks")

@@ -245,6 +245,9 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     for name in ("rivals", "entropy", "kinds", "attention", "budgets", "placement", "sizes"):
         figures.main(["--figure", name, "--results", "results", "--windows", "8", "--device", "cpu"])
         assert Path(f"results/{name}.png").stat().st_size > 10000
+    figures.main(["--figure", "kinds", "--results", "results", "--windows", str(10**11), "--device", "cpu"])
+    windows = len(Path("text.txt").read_bytes()) // 10 // 16
+    assert f" {windows} validation windows" in json.loads(Path("results/kinds.json").read_text())["about"]
     found = json.loads(Path("results/budgets.json").read_text())["found"]
     assert found["bubbles, r = 2"]["1"] == pytest.approx([0.1, 0.0], abs=1e-9)
     assert found["bubbles, r = 2"]["2"] == pytest.approx([-0.2, 12.7062 * 0.1], rel=1e-4)
