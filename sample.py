@@ -74,7 +74,7 @@ def write_sample(model, prompt, vocabulary, s, seed):
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip())
-    if s.plot and not (Path(s.plot).suffix in (".png", ".pdf", ".svg") and os.access(Path(s.plot).parent, os.W_OK)
+    if s.plot is not None and not (Path(s.plot).suffix in (".png", ".pdf", ".svg") and os.access(Path(s.plot).parent, os.W_OK)
                        and not os.path.isdir(s.plot)):
         refuse(f"--plot must be a .png, .pdf or .svg in a folder that can be written to, not {s.plot!r}")
     path = best_or_last(s.out_dir) if s.checkpoint == "best" else Path(s.out_dir) / "ckpt.pt"

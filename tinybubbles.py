@@ -83,8 +83,8 @@ class Config:
         layers = self.fork_layers if isinstance(self.fork_layers, Sequence) else [None]
         are_blocks = all(type(layer) is int and 0 <= layer < self.n_layer for layer in layers)
         if not are_blocks or len(set(layers)) < len(layers):
-            raise ValueError(f"fork_layers must be different whole numbers from 0 to {self.n_layer - 1}, not "
-                             f"{self.fork_layers!r}")
+            raise ValueError("fork_layers must be different whole numbers from 0 to n_layer - 1 = "
+                             f"{self.n_layer - 1}, or none, not {self.fork_layers!r}")
         self.fork_layers = tuple(sorted(self.fork_layers))
         self.budget = check_budget(self.budget)
         # A fork layer can at most double the streams, so no higher budget than `most` can be spent. As `most` is in the

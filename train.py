@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tasks.text import make_data
 from tinybubbles import NEVER_MEASURED, Config
 from tools.files import RunFolder, load_checkpoint, make_model, remedy
-from tools.program import (Stop, check_finite, choose_device, in_turn, join_processes, knob, or_refuse, read_flags,
-                           refuse, refuse_if_too_large, say, show_all_characters, wait_for_all)
+from tools.program import (Stop, as_typed, check_finite, choose_device, in_turn, join_processes, knob, or_refuse,
+                           read_flags, refuse, refuse_if_too_large, say, show_all_characters, wait_for_all)
 from tools.report import LOG_COLUMNS, summarize, tell_progress
 
 FREE = ("dataset", "out_dir", "max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device",
@@ -30,7 +30,8 @@ FREE = ("dataset", "out_dir", "max_iters", "eval_interval", "log_interval", "gra
 
 @dataclasses.dataclass
 class Settings:
-    dataset: str = knob("shakespeare", "shakespeare, urns, a text's path, or a folder of .bin files")
+    dataset: str = knob("shakespeare", "shakespeare; urns, a task of experiments/README.md; a text's path; or a folder of "
+                        ".bin files")
     vocab_size: int = knob(None, "tokens of a folder's vocabulary; above 65,536 its .bin files are read as uint32, else "
                            "as uint16; default: meta.pkl's", "int", low=1)
     out_dir: str = knob("out", "where ckpt.pt, best.pt, log.csv and loss.png go")
@@ -43,26 +44,26 @@ class Settings:
     fork_layers: tuple = knob((1, 2), "fork before these blocks, counted from 0; none = a plain GPT", "ints")
     budget: tuple = knob((2.0,), "streams per token; several = elastic training, one drawn per step", "floats", low=1)
     paper: bool = knob(False, "the paper's model: originals fade, selection looks at later tokens, so no cache")
-    dropout: float = knob(0.0, "share of activations dropped in training", low=0)
+    dropout: float = knob(0.0, "share of activations dropped in training", low=0, below=1)
     batch_size: int = knob(8, "windows per batch", low=1)
     gradient_accumulation_steps: int = knob(1, "batches of each process in a step, one after the other", low=1)
     max_iters: int = knob(3000, "steps", low=0)
     optimizer: str = knob("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all",
                           choices=("muon", "adamw"))
     learning_rate: float = knob(8e-3, "highest learning rate, of both optimizers; for AdamW alone 4e-3 is better", low=0)
-    min_lr_share: float = knob(0.01, "what the decay leaves of the learning rate", low=0)
+    min_lr_share: float = knob(0.01, "the lowest learning rate, as a share of the highest", low=0)
     warmup_iters: int = knob(100, "steps of linear warm-up", low=0)
     lr_decay_iters: int = knob(None, "steps until the decay ends, after which the rate stays as it is; default: max_iters "
                                "as first given, so a run whose max_iters is raised later goes on at the lowest rate",
                                "int", low=1)
-    weight_decay: float = knob(0.1, "of matrices only", low=0)
-    beta1: float = knob(0.9, "AdamW's", low=0)
-    beta2: float = knob(0.99, "AdamW's", low=0)
+    weight_decay: float = knob(0.1, "weight decay, of matrices only", low=0)
+    beta1: float = knob(0.9, "AdamW's beta1", low=0, below=1)
+    beta2: float = knob(0.99, "AdamW's beta2", low=0, below=1)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 = no clipping", low=0)
     eval_interval: int = knob(500, "steps between evaluations, each with a sample and a checkpoint", low=1)
     eval_iters: int = knob(40, "batches per evaluation, always the same ones", low=1)
     log_interval: int = knob(20, "steps between progress lines", low=1)
-    seed: int = knob(0, "of the weights, the batches and the samples", low=0)
+    seed: int = knob(0, "seed of the weights, the batches and the samples", low=0)
     device: str = knob("auto", "auto (cuda, else mps, else cpu), or a device")
     dtype: str = knob("auto", "auto: bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16"))
     compile: bool = knob(False, "torch.compile training steps: slow to start, faster then")
@@ -143,13 +144,13 @@ class Trainer:
     def take_over(self, saved):
         """Go on where a checkpoint was saved, or refuse if that cannot give the same run."""
         if saved["batches"] != self.batches:
-            refuse(f"--resume needs {saved['batches']} batches per step as before, not {self.batches}: "
-                   "processes times --gradient_accumulation_steps")
-        if saved["vocabulary"] != self.data.vocabulary:
-            refuse(f"--resume needs the vocabulary as before; put back the meta.pkl of {self.s.dataset}")
+            refuse(f"--resume needs as many batches per step as before, {saved['batches']}, not {self.batches}; set the "
+                   "processes times --gradient_accumulation_steps to that")
         if saved["fingerprint"] != self.data.fingerprint():
             refuse(f"--resume needs the data as before, and {self.s.dataset} holds other data; put the old one back, or "
                    "name where it is with --dataset")
+        if saved["vocabulary"] != self.data.vocabulary:
+            refuse(f"--resume needs the vocabulary as before; put back the meta.pkl of {self.s.dataset}")
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -320,7 +321,7 @@ def resume(s, argv):
     s = read_flags(Settings, argv, "", saved["settings"] | dict(out_dir=s.out_dir, start_over=False))
     for name, before in saved["settings"].items():
         if name not in (*FREE, "resume", "start_over") and getattr(s, name) != before:
-            refuse(f"--{name} {getattr(s, name)} contradicts {path}, trained with {before}; leave it out")
+            refuse(f"--{name} {as_typed(getattr(s, name))} contradicts {path}, trained with {as_typed(before)}; leave it out")
     if s.start_over:
         refuse("--start_over contradicts --resume; leave out one of them")
     if s.max_iters < saved["step"]:

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tinybubbles import MLP, Config, Tinybubbles, init_matrix, quota  # noqa: E402
 from tools.files import make_folder, read_json, write_picture, write_text  # noqa: E402
-from tools.program import choose_device, knob, read_flags  # noqa: E402
+from tools.program import choose_device, knob, read_flags, refuse  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import make_optimizers, measure_bars  # noqa: E402
 
@@ -75,8 +75,9 @@ PRESETS = dict(cpu=Preset([DEFAULT] + STEPS + TOKENS, 10, {STEP: 1.05, TOKEN: 1.
 
 @dataclass
 class Settings:
-    preset: str = knob("cpu", "cpu, gpu: minutes; smoke: seconds", choices=PRESETS)
-    results: str = knob(str(ROOT / "experiments" / "results"), "where the rows, their table and its picture go")
+    preset: str = knob("cpu", "cpu: minutes; gpu: minutes, needs CUDA; smoke: seconds", choices=PRESETS)
+    results: str = knob(str(ROOT / "experiments" / "results"), "where the rows, their table and its picture go; rows that are "
+                        "there are not measured again")
 
 
 # -- the rival ---------------------------------------------------------------------------------------------------------
@@ -392,8 +393,10 @@ def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     preset = PRESETS[s.preset]
     path = Path(s.results) / ("bench.json" if s.preset == "cpu" else f"bench-{s.preset}.json")
+    if s.preset == "gpu" and not torch.cuda.is_available():
+        refuse("--preset gpu needs a GPU with CUDA; try --preset cpu")
     make_folder(path.parent, "--results")
-    rows = read_json(path) if path.exists() else []
+    rows = read_rows(path) if path.exists() else []
     for row in json.loads(json.dumps(preset.rows)):                                 # as JSON has them: lists, no tuples
         if not any(row.items() <= done.items() for done in rows):
             rows.append(measure(row, preset.rounds, s.preset == "gpu"))
@@ -403,6 +406,16 @@ def main(argv):
     about = f"Ratios of the shortest times of {preset.rounds} rounds in turns, on {machines}."
     write_table(path.with_suffix(".md"), rows, about)
     draw(path.with_suffix(".png"), rows, preset.targets, about)
+    print(f"{path}, and its table and picture beside it")
+
+
+def read_rows(path):
+    """The rows that are in a file, or a refusal."""
+    rows = read_json(path)
+    needed = {"kind", "T", "batch", "budget", "n_layer", "n_embd", "machine"}
+    if not (isinstance(rows, list) and all(isinstance(row, dict) and needed <= row.keys() for row in rows)):
+        refuse(f"{path} is not as bench.py writes it; remove it, or put the whole file back")
+    return rows
 
 
 if __name__ == "__main__":

@@ -91,8 +91,9 @@ COLORS = {GPT: "#000000", "deeper GPT": "#000000", "wider GPT": "#000000",
 
 @dataclasses.dataclass
 class Preset:
-    """flags of train.py for every arm; the arms; how many seeds, from 0; the learning rates to try; the steps to
-    evaluate after, the last one being the run's end."""
+    """What it is for, in words; flags of train.py for every arm; the arms; how many seeds, from 0; the learning rates to
+    try; the steps to evaluate after, the last one being the run's end."""
+    says: str
     flags: str
     arms: tuple
     seeds: int
@@ -108,31 +109,31 @@ QUESTION = GPT, "bubbles, r = 2", "random selection"  # whether forks pay, and w
 LINUX = "--dataset data/linux.txt"  # of which no run reads more than a third
 SMALL = "--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8"
 PRESETS = {
-    "smoke": Preset("--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
+    "smoke": Preset("a quick try", "--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
-    "default": Preset("--device cpu", (GPT, "bubbles, r = 2"), 5, (8e-3,), (3000,)),
-    "text": Preset(SMALL, (GPT, "deeper GPT", "wider GPT", "copy-2", "random selection", "bubbles, r = 2",
+    "default": Preset("README's default run", "--device cpu", (GPT, "bubbles, r = 2"), 5, (8e-3,), (3000,)),
+    "text": Preset("all rivals on the plays", SMALL, (GPT, "deeper GPT", "wider GPT", "copy-2", "random selection", "bubbles, r = 2",
                            "bubbles, r = 4", "bubbles, elastic", "the paper's model", "pauses", "recurrent depth",
                            "PonderLM-2", "PonderLM-3"), 10, (8e-3, 16e-3, 32e-3), (2000,)),
-    "long": Preset("--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 "
+    "long": Preset("does the gain grow with training", "--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 "
                    "--fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
-    "selection": Preset("--device cpu --optimizer adamw --dataset urns --block_size 16 --n_layer 2 --n_head 1 "
+    "selection": Preset("do forks find the tokens that need them", "--device cpu --optimizer adamw --dataset urns --block_size 16 --n_layer 2 --n_head 1 "
                         "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
-    "scale": Preset(f"--device cuda {LINUX} --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
+    "scale": Preset("14M parameters, needs a GPU and data/linux.txt", f"--device cuda {LINUX} --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
                     "--fork_layers 2,4,6 --batch_size 32",
                     (*QUESTION, "copy-2", "forked once", "bubbles, r = 4", "the authors' code"), 4, (8e-3,), (1860,),
                     true_batches=4),
     # Each of these reads 20 tokens for each of its parameters.
-    "size-0.2M": Preset(f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 "
+    "size-0.2M": Preset("needs data/linux.txt", f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 "
                         "--batch_size 16", QUESTION, 10, (16e-3,), (2100,)),
-    "size-0.8M": Preset(f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2 "
+    "size-0.8M": Preset("needs data/linux.txt", f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2 "
                         "--batch_size 16", QUESTION, 10, (8e-3,), (8000,)),
-    "size-3M": Preset(f"--device cuda {LINUX} --compile --block_size 128 --n_layer 6 --n_head 4 --n_embd 208 "
+    "size-3M": Preset("needs a GPU and data/linux.txt", f"--device cuda {LINUX} --compile --block_size 128 --n_layer 6 --n_head 4 --n_embd 208 "
                       "--fork_layers 1,3,4 --batch_size 128", QUESTION, 10, (8e-3,), (3900,)),
 }
 
@@ -244,7 +245,8 @@ def train(job):
             path.with_suffix("").mkdir(exist_ok=True)
             write_atomically(path.with_suffix("") / "ckpt.pt", lambda file: torch.save(trainer.checkpoint(), file))
         if step == marks[-1]:
-            return say(f"{job}: {run['loss']}")
+            told = ", ".join(f"{budget}: {loss:.4f}" for budget, loss in run["loss"][str(step)].items())
+            return say(f"{job}: validation loss at budget {told}")
         trainer.train_step()
 
 
@@ -435,13 +437,15 @@ def squeeze_far_losses(axes):
 
 @dataclasses.dataclass
 class Settings:
-    preset: str = knob("smoke", "; ".join(f"{name}: {len(p.arms)} arms, {p.seeds} seeds, {p.marks[-1]} steps"
+    preset: str = knob("smoke", "; ".join(f"{name}: {p.says}, {len(p.arms)} arms, {p.seeds} seeds, {p.marks[-1]} steps"
                                           for name, p in PRESETS.items()), choices=PRESETS)
     runs: str = knob("out-compare", "where runs go, to be continued or summed up")
-    results: str = knob(str(ROOT / "experiments" / "results"), "where the table, its JSON and the picture go")
+    results: str = knob(str(ROOT / "experiments" / "results"), "where the table, its JSON and the picture go; what is "
+                        "there is not made again")
     processes: int = knob(os.cpu_count(), "runs at a time, on one thread each", low=1)
     train: bool = knob(True, "false: sum up what is done")
-    arms: str = knob(None, "train these arms of the preset alone, with ; between them; default: all", "str")
+    arms: str = knob(None, "train these arms of the preset alone, with ; between them (a wrong name lists all); default: "
+                     "all", "str")
 
 
 def in_processes(s, work, jobs):
@@ -552,13 +556,24 @@ def asked_arms(s):
     return asked
 
 
+def make_ready(s):
+    """Fetch the data, before several processes want it; refuse a preset for which this machine lacks something."""
+    settings = read_flags(TrainSettings, PRESETS[s.preset].flags.split(), "")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        refuse(f"--preset {s.preset} needs a GPU with CUDA to train; name another preset, or sum up by --train false")
+    if settings.dataset == "data/linux.txt" and not Path(settings.dataset).exists():
+        refuse(f"--preset {s.preset} needs {settings.dataset}; make it with experiments/linux.py")
+    make_data(settings)
+
+
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
     p, results = PRESETS[s.preset], Path(s.results)
     make_folder(Path(s.runs), "--runs")
     make_folder(results, "--results")
-    make_data(read_flags(TrainSettings, p.flags.split(), ""))         # once, before several processes want it
     asked = asked_arms(s)
+    if s.train:
+        make_ready(s)
     rates, found, told = recall(s)
     rates |= choose_rates(s, [arm for arm in asked if arm not in rates], s.train)
     rates |= choose_rates(s, [arm for arm in p.arms if arm not in rates], False)

@@ -1,5 +1,5 @@
 """
-The pictures of the README: python experiments/figures.py --figure method    (every flag: --help)
+The pictures of the pages: python experiments/figures.py --figure method    (every flag: --help)
 
 method: what the fork layers of tinybubbles.py do with the scores of the README's worked example. entropy, kinds and
 attention look at a trained checkpoint, entropy at that of a plain GPT too; rivals, budgets, placement and sizes draw
@@ -398,7 +398,8 @@ OF_PRESETS = dict(rivals=(rivals, "text"), budgets=(budgets, "text"), placement=
 
 @dataclass
 class Settings:
-    figure: str = knob("method", "method, " + ", ".join(DRAW), choices=("method", *DRAW))
+    figure: str = knob("method", "method: README's worked example; entropy, kinds, attention: of a trained checkpoint; "
+                       f"{', '.join(OF_PRESETS)}: of what compare.py found", choices=("method", *DRAW))
     out_dir: str = knob("out", "a run of train.py with forks, for entropy, kinds and attention")
     gpt_dir: str = knob("out-gpt", "a run of train.py --fork_layers none, for entropy")
     budget: tuple = knob((1.5,), "streams per token, for entropy and attention; several for kinds", "floats", low=1)
@@ -434,6 +435,8 @@ def measure(s):
     if checkpoint["settings"]["dataset"] == "urns":
         refuse(f"--out_dir {s.out_dir} holds a model of the task urns; name one of a text")
     settings = TrainSettings(**checkpoint["settings"] | dict(eval_iters=1))
+    if settings.dataset != "shakespeare" and not Path(settings.dataset).exists():
+        refuse(f"--out_dir {s.out_dir} was trained on {settings.dataset}, which is not here; call this where it was trained")
     data = Text(settings)
     settings.batch_size = min(s.windows, len(data.val) // data.T)     # if windows overlapped, the intervals would be wrong
     idx = torch.from_numpy(data.val_batch(0)[0]).to(device)

@@ -25,7 +25,7 @@ GENERATED = "/drivers/gpu/drm/amd/include/"
 
 @dataclass
 class Settings:
-    tarball: str = knob("linux-6.1.tar.xz", "Linux's source")
+    tarball: str = knob("linux-6.1.tar.xz", "Linux's source, as kernel.org's linux-6.1.tar.xz")
     out: str = knob("data/linux.txt", "the text to write")
     megabytes: int = knob(260, "its size, in millions of bytes, up to a whole file", low=1)
 

@@ -115,7 +115,7 @@ class Text:
         else:
             self.vocab_size = 256
             if s.vocab_size not in (None, 256):
-                refuse(f"--vocab_size is a folder's; the bytes of a text have 256, not {s.vocab_size}")
+                refuse(f"--vocab_size {s.vocab_size} is for folders, and {path} is a text, of 256 bytes; leave it out")
             self.train, self.val = load_text(path)
         if min(len(self.train), len(self.val)) < self.T + 1:
             refuse(f"{path} has {len(self.train)} tokens to train on and {len(self.val)} to validate, too few for one "
@@ -180,6 +180,6 @@ def make_data(s):
     size (in words), train_batch, val_batch and report."""
     if s.dataset == "urns":
         return Urns(s)
-    if s.dataset != "shakespeare" and not Path(s.dataset).exists():
+    if not s.dataset or s.dataset != "shakespeare" and not Path(s.dataset).exists():
         refuse(f"--dataset must be shakespeare, urns, a file or a folder, and there is no {s.dataset!r}")
     return Text(s)

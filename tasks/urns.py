@@ -20,9 +20,10 @@ class Urns:
 
     def __init__(self, s):
         self.s, self.T, rng = s, s.block_size, np.random.default_rng(0)
-        if self.T < 8 or s.vocab_size:
-            refuse("--dataset urns needs --block_size 8 or more, as every eighth token is hard, and no --vocab_size; "
-                   f"not {self.T} and {s.vocab_size}")
+        if self.T < 8:
+            refuse(f"--dataset urns needs --block_size 8 or more, not {self.T}, as every eighth token is hard")
+        if s.vocab_size:
+            refuse(f"--dataset urns has a vocabulary of its own; leave out --vocab_size {s.vocab_size}")
         hard = rng.random((self.HARD, self.BALLS)).argsort(1)[:, :self.EACH]
         easy = rng.integers(self.BALLS, size=(self.EASY, 1)).repeat(self.EACH, 1)
         self.urns = np.concatenate((easy, hard))                                     # (EASY + HARD, EACH), balls

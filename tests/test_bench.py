@@ -2,6 +2,7 @@
 import json
 import re
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -69,3 +70,11 @@ def test_rows_are_measured_once_and_a_table_is_written(tmp_path, capsys):
     assert (tmp_path / "bench-smoke.md").read_text().count("\n| ") == 4
     assert (tmp_path / "bench-smoke.png").stat().st_size > 10_000
     assert "--preset" in exits(capsys, bench.main, ["--preset", "none"]).err
+
+
+@pytest.mark.parametrize("text", ('{"a": 1}', "[3]", '[{"kind": "step"}]', "null"))
+def test_rows_of_another_form_are_refused(tmp_path, capsys, text):
+    path = tmp_path / "bench-smoke.json"
+    path.write_text(text)
+    said = exits(capsys, bench.main, ["--preset", "smoke", "--results", str(tmp_path)]).err
+    assert f"{path} is not as bench.py writes it" in said and said.count("\n") == 1 and path.read_text() == text

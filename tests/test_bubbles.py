@@ -232,6 +232,9 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     assert "out-gpt holds" in exits(capsys, figures.main, ["--figure", "attention", "--out_dir", "out-gpt"]).err
     train.main([*TINY, "--block_size", "8", "--max_iters", "1", "--fork_layers", "none", "--out_dir", "short"])
     assert "block_size" in exits(capsys, figures.main, ["--figure", "entropy", "--gpt_dir", "short"]).err
+    Path("text.txt").rename("moved.txt")
+    assert "out was trained on text.txt, which is not here" in exits(capsys, figures.main, ["--figure", "kinds"]).err
+    Path("moved.txt").rename("text.txt")
     run = lambda arm, seed, loss: a_run(arm, seed, {"9": loss}, 500 if arm == GPT else 520)
     runs = [run(GPT, 0, {"1": 1.0}), run(GPT, 1, {"1": 2.0}), run("bubbles, r = 2", 0, {"2": 0.9, "1": 1.1}),
             run("bubbles, r = 2", 1, {"2": 1.7, "1": 2.1}), run("bubbles, elastic", 0, {"2": 0.5})]

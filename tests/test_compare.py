@@ -136,7 +136,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_the_rate_is_the_better_with_three_seeds_of_the_two_best_with_one(tmp_path, monkeypatch):
-    monkeypatch.setitem(compare.PRESETS, "mine", compare.Preset("", (GPT,), 5, (1e-3, 2e-3, 4e-3, 8e-3), (5,)))
+    monkeypatch.setitem(compare.PRESETS, "mine", compare.Preset("", "", (GPT,), 5, (1e-3, 2e-3, 4e-3, 8e-3), (5,)))
     s = compare.Settings(preset="mine", runs=str(tmp_path), train=False)
 
     def finish(rate, *losses):
@@ -278,3 +278,12 @@ def test_linuxs_source_is_chosen_and_shuffled(tmp_path, monkeypatch, capsys):
 
 def test_bad_presets_are_refused(capsys):
     assert "argument --preset" in exits(capsys, compare.main, ["--preset", "none"]).err
+
+
+def test_a_preset_that_this_machine_cannot_train_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for preset, word in (("scale", "--preset scale needs a GPU"), ("size-0.2M", "--preset size-0.2M needs data/linux.txt")):
+        said = exits(capsys, compare.main, ["--preset", preset, "--results", "results"]).err
+        assert word in said and said.count("\n") == 1
+    assert list(Path("results").iterdir()) == []

@@ -265,12 +265,14 @@ BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", 
              "--vocab_size 300", "--resume maybe", "--resume --out_dir nowhere", "--resume --out_dir random",
              "--resume --out_dir cut", "--resume --n_layer 9", "--dataset short --resume", "--resume --max_iters 3",
              "--beta1 1", "--device meta", "--dataset urns --block_size 4", "--dataset urns --vocab_size 5",
-             "--grad_clip -1", "--log_interval 0", "--compile 2", "--warmup_iters -1", "--out_dir empty/below"]
+             "--grad_clip -1", "--log_interval 0", "--compile 2", "--warmup_iters -1", "--out_dir empty/below",
+             "--beta2 nan", "--dropout 1", "--dataset ''", "--n_embd 100000000000000000000"]
 BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
               "--max_new_tokens -5", "--out_dir nowhere", "--out_dir random", "--out_dir cut", "--out_dir code",
               "--out_dir other", "--out_dir words", "--out_dir old", "--prompt ''", "--prompt FILE:nowhere",
               "--prompt FILE:data", "--prompt FILE:empty", "--device tpu", "--seed 1.5", "--checkpoint first",
-              "--checkpoint", "--top_k 1.5", "--num_samples many", "--prompt FILE:", "--out_dir text.txt", "--unknown"]
+              "--checkpoint", "--top_k 1.5", "--num_samples many", "--prompt FILE:", "--out_dir text.txt", "--unknown",
+              "--plot ''", "--plot picture.jpg", "--plot nowhere/picture.png", "--plot data"]
 
 
 @pytest.fixture
@@ -303,7 +305,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2_and_nothing_is_lost(bad_fil
 
 
 def test_a_refusal_is_the_same_from_a_shell(folder):
-    for command, said in (("train.py --budget 0.5", "argument --budget: 0.5 must be at least 1, and not boundless\n"),
+    for command, said in (("train.py --budget 0.5", "argument --budget: 0.5 must be at least 1 and finite\n"),
                           ("sample.py", "there is no checkpoint out/ckpt.pt")):
         script, *flags = command.split()
         run = python(ROOT / script, *flags)

@@ -531,10 +531,11 @@ def test_a_run_that_cannot_start_on_a_folder_leaves_an_older_one_as_it_is(capsys
     train_here("--dataset", "mine", "--max_iters", "2")
     files = {p: p.read_bytes() for p in Path("out").iterdir()}
     tokens = np.fromfile("mine/val.bin", np.uint16)
+    before = tokens[[77, 79]]
     tokens[[77, 79]] = 60000, 60001                                   # where no batch of so short a run looks
     tokens.tofile("mine/val.bin")
     assert "token 60000 at place 77," in exits(capsys, train_here, "--start_over", "--dataset", "mine").err
-    tokens[[77, 79]] = 0
+    tokens[[77, 79]] = before
     tokens.tofile("mine/val.bin")
     assert "--vocab_size must be above" in exits(capsys, train_here, "--start_over", "--dataset", "mine", "--vocab_size", "10").err
     meta = pickle.loads(Path("mine/meta.pkl").read_bytes())

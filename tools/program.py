@@ -16,19 +16,18 @@ import torch
 import torch.distributed as dist
 
 
-def refuse(message):
-    """End the program with one sentence and exit code 2."""
+def refuse(message, code=2):
+    """End the program with one sentence and this exit code."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def check_finite(loss, step, folder):
     """Return the loss; if it is NaN or infinite, end the program with exit code 1. folder: of the run's checkpoints."""
     if not math.isfinite(loss):
         kept = Path(folder) / "ckpt.pt"
-        print(f"the loss at step {step} is {loss}; {f'{kept} is kept' if kept.exists() else 'nothing was saved yet'}; "
-              "try a lower --learning_rate", file=sys.stderr)
-        raise SystemExit(1)
+        refuse(f"the loss at step {step} is {loss}; {f'{kept} is kept' if kept.exists() else 'nothing was saved yet'}; "
+               "try a lower --learning_rate", code=1)
     return loss
 
 
@@ -62,15 +61,18 @@ KINDS = {  # how each kind of flag is read, and what to say if it cannot be
 }
 
 
-def knob(default, help, kind=None, low=None, alias=None, choices=None):
-    """A field of a settings dataclass, which is also a flag: its kind, lowest value, another name, all its values."""
-    metadata = dict(help=help, kind=kind or type(default).__name__, low=low, alias=alias, choices=choices)
+def knob(default, help, kind=None, low=None, below=None, alias=None, choices=None):
+    """A field of a settings dataclass, which is also a flag: its kind, its lowest value, what it must be below (where it
+    has a lowest value), another name, all its values."""
+    kind = kind or type(default).__name__
+    below = below or (2**63 if kind.startswith("int") else math.inf)
+    metadata = dict(help=help, kind=kind, low=low, below=below, alias=alias, choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def read_value(f, text):
     """The value of the flag for the dataclass field `f`."""
-    (parse, meaning), low = KINDS[f.metadata["kind"]], f.metadata["low"]
+    (parse, meaning), low, below = KINDS[f.metadata["kind"]], f.metadata["low"], f.metadata["below"]
     try:
         value = parse(text)
     except (ValueError, KeyError):
@@ -78,9 +80,15 @@ def read_value(f, text):
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(f.metadata['choices'])}")
     for number in value if isinstance(value, tuple) else [value]:
-        if low is not None and not low <= number < (math.inf if isinstance(number, float) else 2 ** 63):
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}, and not boundless")
+        if low is not None and not low <= number < below:
+            limit = {math.inf: "finite", 2**63: "below 2^63"}.get(below, f"below {below}")
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and {limit}")
     return value
+
+
+def as_typed(value):
+    """A setting as one types it: a tuple's numbers with commas between them."""
+    return (",".join(f"{x:g}" for x in value) or "none") if isinstance(value, tuple) else value
 
 
 def read_flags(settings_class, argv, description, base=None):
@@ -92,7 +100,7 @@ def read_flags(settings_class, argv, description, base=None):
     for f in dataclasses.fields(settings_class):
         names = dict.fromkeys(("--" + f.name, "--" + f.name.replace("_", "-"), "--" + (f.metadata["alias"] or f.name)))
         default = argparse.SUPPRESS if f.default is None else f.default
-        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        default = as_typed(default)
         implied = dict(nargs="?", const=True) if f.metadata["kind"] == "bool" else {}
         parser.add_argument(*names, dest=f.name, help=f.metadata["help"], metavar=f.metadata["kind"].upper(),
                             type=lambda text, f=f: read_value(f, text), default=default, **implied)
