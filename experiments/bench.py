@@ -76,8 +76,8 @@ PRESETS = dict(cpu=Preset([DEFAULT] + STEPS + TOKENS, 10, {STEP: 1.05, TOKEN: 1.
 @dataclass
 class Settings:
     preset: str = knob("cpu", "cpu: minutes; gpu: minutes, needs CUDA; smoke: seconds", choices=PRESETS)
-    results: str = knob(str(ROOT / "experiments" / "results"), "where the rows, their table and its picture go; rows that are "
-                        "there are not measured again")
+    results: str = knob(str(ROOT / "experiments" / "results"), "where the rows, their table and its picture go; what is "
+                        "there is not measured again")
 
 
 # -- the rival ---------------------------------------------------------------------------------------------------------
@@ -356,7 +356,8 @@ def write_table(path, rows, about):
         tokens, positions = dict(token=("ratio", "as_many"), step=("", "ratio"), muon=("", ""))[row["kind"]]
         cells = (row["kind"], row.get("attention", "fused"), f"{row['n_layer']}, {row['n_embd']}", row["T"], row["batch"],
                  f"{row['budget']:g}", ratio(row, tokens), ratio(row, positions), ratio(row, "beside_adamw"),
-                 both(row, "ms", ".3f"), both(row, "share", ".0%"), both(row, "operations", "d"), f"{row['anew']:.0f}" if "anew" in row else "")
+                 both(row, "ms", ".3f"), both(row, "share", ".0%"), both(row, "operations", "d"),
+                 f"{row['anew']:.0f}" if "anew" in row else "")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     write_text(path, "\n".join([*lines, "", about]) + "\n")
 
@@ -366,7 +367,7 @@ def draw(path, rows, targets, about):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 4), layout="constrained", facecolor="white")
     name = lambda row: f"width {row['n_embd']}, " + (f"r = {row['budget']:g}" if row["kind"] == "step" else
-                                                     f"{row['batch']} row{'s' * (row['batch'] > 1)}")
+                                                     f"batch {row['batch']}")
     for axes, (title, (kind, key)) in zip(figure.subplots(1, 3), RATIOS.items()):
         lines = {}
         for row in rows:
@@ -377,14 +378,14 @@ def draw(path, rows, targets, about):
         for (label, style), points in lines.items():
             axes.plot(*zip(*sorted(points)), style, marker="o", color=colors[label],
                       label=label if style == "-" else label + ", plain attention")
-        axes.axhline(1, color="black", linewidth=1)
+        axes.axhline(1, color="black", linewidth=1, label="the GPT, 1")
         if title in targets:
             axes.axhline(targets[title], color="black", linewidth=1, linestyle=":", label=f"target, {targets[title]}")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(title=title, xlabel="T, tokens", ylabel="times a GPT's")
-        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
-        axes.legend(framealpha=1, edgecolor="none", fontsize=8)
+        axes.set_ylim(0, 1.5 * axes.get_ylim()[1])                                  # with room for the legend above
+        axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=8)
     figure.supxlabel(about[about.index("on "):-1], fontsize=9)
     write_picture(path, figure, dpi=110)
 

@@ -109,31 +109,39 @@ QUESTION = GPT, "bubbles, r = 2", "random selection"  # whether forks pay, and w
 LINUX = "--dataset data/linux.txt"  # of which no run reads more than a third
 SMALL = "--device cpu --block_size 64 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 --batch_size 8"
 PRESETS = {
-    "smoke": Preset("a quick try", "--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
+    "smoke": Preset("a quick try",
+                    "--device cpu --block_size 16 --n_layer 3 --n_head 2 --n_embd 16 --fork_layers 1,2 --batch_size 2 "
                     "--warmup_iters 2 --eval_iters 2", (GPT, "copy-2", "bubbles, r = 2", "the paper's model"), 2,
                     (4e-3,), (5, 10)),
     "default": Preset("README's default run", "--device cpu", (GPT, "bubbles, r = 2"), 5, (8e-3,), (3000,)),
-    "text": Preset("all rivals on the plays", SMALL, (GPT, "deeper GPT", "wider GPT", "copy-2", "random selection", "bubbles, r = 2",
-                           "bubbles, r = 4", "bubbles, elastic", "the paper's model", "pauses", "recurrent depth",
-                           "PonderLM-2", "PonderLM-3"), 10, (8e-3, 16e-3, 32e-3), (2000,)),
-    "long": Preset("does the gain grow with training", "--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 "
+    "text": Preset("all rivals on the plays", SMALL,
+                   (GPT, "deeper GPT", "wider GPT", "copy-2", "random selection", "bubbles, r = 2",
+                    "bubbles, r = 4", "bubbles, elastic", "the paper's model", "pauses", "recurrent depth",
+                    "PonderLM-2", "PonderLM-3"), 10, (8e-3, 16e-3, 32e-3), (2000,)),
+    "long": Preset("does the gain grow with training",
+                   "--device cpu --optimizer adamw --block_size 64 --n_layer 4 --n_head 4 --n_embd 48 "
                    "--fork_layers 1,2 --batch_size 4",
                    (GPT, "deeper GPT", "copy-2", "recurrent depth", "bubbles, r = 2"), 5, (2e-3,),
                    (2000, 5000, 10000, 20000, 40000)),
-    "selection": Preset("do forks find the tokens that need them", "--device cpu --optimizer adamw --dataset urns --block_size 16 --n_layer 2 --n_head 1 "
+    "selection": Preset("do forks find the tokens that need them",
+                        "--device cpu --optimizer adamw --dataset urns --block_size 16 --n_layer 2 --n_head 1 "
                         "--n_embd 8 --fork_layers 0,1 --batch_size 32", (GPT, "deeper GPT", "wider GPT", *ON_URNS), 10,
                         (16e-3, 8e-3, 32e-3), (100, 500, 1000, 2000, 4000), deeper=4, wider=10,
                         beside="mixture, random"),
-    "scale": Preset("14M parameters, needs a GPU and data/linux.txt", f"--device cuda {LINUX} --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
+    "scale": Preset("14M parameters, needs a GPU and data/linux.txt",
+                    f"--device cuda {LINUX} --compile --block_size 512 --n_layer 8 --n_head 6 --n_embd 384 "
                     "--fork_layers 2,4,6 --batch_size 32",
                     (*QUESTION, "copy-2", "forked once", "bubbles, r = 4", "the authors' code"), 4, (8e-3,), (1860,),
                     true_batches=4),
     # Each of these reads 20 tokens for each of its parameters.
-    "size-0.2M": Preset("needs data/linux.txt", f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 "
+    "size-0.2M": Preset("needs data/linux.txt",
+                        f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 "
                         "--batch_size 16", QUESTION, 10, (16e-3,), (2100,)),
-    "size-0.8M": Preset("needs data/linux.txt", f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2 "
+    "size-0.8M": Preset("needs data/linux.txt",
+                        f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2 "
                         "--batch_size 16", QUESTION, 10, (8e-3,), (8000,)),
-    "size-3M": Preset("needs a GPU and data/linux.txt", f"--device cuda {LINUX} --compile --block_size 128 --n_layer 6 --n_head 4 --n_embd 208 "
+    "size-3M": Preset("needs a GPU and data/linux.txt",
+                      f"--device cuda {LINUX} --compile --block_size 128 --n_layer 6 --n_head 4 --n_embd 208 "
                       "--fork_layers 1,3,4 --batch_size 128", QUESTION, 10, (8e-3,), (3900,)),
 }
 
@@ -417,7 +425,7 @@ def draw(path, runs, found, marks):
     note = "95 % intervals" if any(run["seed"] for run in runs) else "one seed"
     if not over_steps:
         squeeze_far_losses(axes)
-        note += "; beyond ±0.03 the scale is logarithmic"
+        note += "; the points of a curve are its budgets; beyond ±0.03 the scale is logarithmic"
     figure.supxlabel(note, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

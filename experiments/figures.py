@@ -112,7 +112,8 @@ def draw_method(path):
                    "a\u2032 stays, c\u2032 is deleted, and d forks", fontsize=11)
     figure.supxlabel(f"A fork, new or old, survives if its P reaches the bar, {BAR}, and the quota is not full: "
                      f"ceil({BUDGET} t) streams for the first t tokens.\nStreams are served from left to right, each "
-                     "before its own new fork: so a\u2032 stays, although its fork has the higher P.",
+                     "before its own new fork: so a\u2032 stays, although its fork has the higher P. A line is as "
+                     "thick as its P.",
                      fontsize=10, color=INK)
     for side in ("left", "top", "right"):
         axes.spines[side].set_visible(False)
@@ -214,8 +215,9 @@ def draw_entropy(found, axes):
     for (name, line), color, marker in zip(found.items(), COLORS, "os"):
         mean, low, high = np.array(line["streams"]).T
         axes.errorbar(line["entropy"], mean, (mean - low, high - mean), color=color, marker=marker, capsize=3,
-                      label="{}: \u03c1 = {:.3f} ({:.3f} to {:.3f})".format(name, *line["rho"]))
-    axes.set(xlabel="entropy of the prediction, nats; tenths of the tokens", ylabel="streams per token, last block")
+                      label="{}: rank correlation {:.2f} ({:.2f} to {:.2f})".format(name, *line["rho"]))
+    axes.set(xlabel="entropy of the prediction, nats (each point is a tenth of the tokens)",
+             ylabel="streams per token, last block")
 
 
 KINDS = dict(  # of bytes
@@ -252,7 +254,7 @@ def draw_kinds(found, panels):
 def attention(model, idx, budget):
     """In each block after the first fork layer: the mean attention that an original which has forks pays to one of
     them, to the original of the token before, and to a stream of an earlier token; with intervals."""
-    names, sums = ("its own fork", "the token before", "an earlier stream"), []
+    names, sums = ("its own fork", "the token before", "a stream of any earlier token"), []
     blocks = range(min(model.config.fork_layers), model.config.n_layer)
     for row in idx.split(1):
         weights, trace = attention_weights(model, row, budget)
@@ -316,14 +318,14 @@ def rivals(text):
 def draw_rivals(found, axes):
     axes.axhline(0, color="black", linewidth=1)
     for arm, (flops, mean, half) in found.items():
-        color = COLORS[1] if "bubbles" in arm else "#555555"
+        color = COLORS[1] if "bubbles" in arm else COLORS[0] if arm == "PonderLM-2" else "#555555"
         axes.errorbar(flops, mean, half, color=color, marker="o", capsize=3)
         below = arm in ("wider GPT", "PonderLM-2")                    # above their intervals are others
         axes.annotate(arm, (flops, mean - half if below else mean + half), (0, -4 if below else 4), ha="center",
                       va="top" if below else "bottom", textcoords="offset points", color=color, fontsize=9)
     axes.margins(x=0.2, y=0.1)
     axes.set(xlabel="FLOPs of a generated token, times the plain GPT's",
-             ylabel="loss less the plain GPT's, nats (lower is better)")
+             ylabel="loss less the plain GPT's, nats per byte (lower is better)")
 
 
 def sizes(*presets):
@@ -344,7 +346,7 @@ def draw_sizes(found, axes):
     for (arm, line), color, marker in zip(found.items(), COLORS, "os"):
         mean, half = np.array(list(line.values())).T
         axes.errorbar(list(line), mean, half, color=color, marker=marker, capsize=3, label=arm)
-    axes.set(xscale="log", xlabel="parameters", ylabel="loss less a plain GPT's, nats (lower is better)")
+    axes.set(xscale="log", xlabel="parameters", ylabel="loss less a plain GPT's, nats per byte (lower is better)")
 
 
 def budgets(text):
@@ -358,18 +360,23 @@ def budgets(text):
 
 def draw_budgets(found, axes):
     axes.axhline(0, color="black", linewidth=1)
-    for (name, line), color, marker in zip(found.items(), COLORS, "os"):
+    names = "trained at 2", "trained at 1, 1.5, 2, 4 in turns"
+    for line, name, color, marker in zip(found.values(), names, COLORS, "os"):
         mean, half = np.array(list(line.values())).reshape(-1, 2).T
         axes.errorbar(list(map(float, line)), mean, half, color=color, marker=marker, capsize=3, label=name)
-    axes.set(xlabel="budget at inference, streams per token", ylabel="loss less a plain GPT's, nats (lower is better)")
+    axes.set(xlabel="budget at inference, streams per token",
+             ylabel="loss less a plain GPT's, nats per byte (lower is better)")
+
+
+PLACED = {GPT: "plain GPT", "mixture by hand": "put by hand, mixed",
+          "mixture, r = 1.5": "learned from the loss alone, mixed", "mixture, charge, sure, floor": "taught, mixed"}
 
 
 def placement(selection):
-    """Of each mixture and the plain GPT after each mark, from what compare.py found on urns: how many streams a hard
-    token has more than an easy one, the sum of its P, and the nats by which it misses the least loss, with half
-    intervals."""
+    """Of the arms PLACED after each mark, from what compare.py found on urns: how many streams a hard token has more
+    than an easy one, the sum of its P, and the nats by which it misses the least loss, with half intervals."""
     runs, found = selection["runs"], {}
-    for arm in dict.fromkeys(run["arm"] for run in runs if run["arm"] == GPT or "mixture" in run["arm"]):
+    for arm in sorted({run["arm"] for run in runs} & PLACED.keys(), key=list(PLACED).index):
         for step in runs[0]["grade"]:
             miss, streams, P = np.array([run["grade"][step] for run in runs if run["arm"] == arm]).swapaxes(0, 1)
             found.setdefault(arm, {})[step] = [interval(values) for values in (
@@ -383,17 +390,21 @@ def draw_placement(found, axes):
     for i, (panel, name) in enumerate(zip(axes, names)):
         for j, (arm, line) in enumerate(found.items()):
             mean, half = np.array([point[i] for point in line.values()]).T
-            steps, color = list(map(int, line)), plt.get_cmap("tab10")(j)
-            panel.plot(steps, mean, marker="o", markersize=4, color=color, label=arm)
-            panel.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12)
+            steps = list(map(int, line))
+            panel.plot(steps, mean, marker="o", markersize=4, color=COLORS[j], label=PLACED[arm])
+            panel.fill_between(steps, mean - half, mean + half, color=COLORS[j], alpha=0.12)
         panel.set(xscale="log", xlabel="step", ylabel=name)
+        panel.set_xticks(steps, map(str, steps))
+        panel.set_xticks([], minor=True)
 
 
 DRAW = dict(rivals=draw_rivals, entropy=draw_entropy, kinds=draw_kinds, attention=draw_attention, budgets=draw_budgets,
             placement=draw_placement, sizes=draw_sizes)
 PANELS = dict(kinds=2, placement=3)
-OF_PRESETS = dict(rivals=(rivals, "text"), budgets=(budgets, "text"), placement=(placement, "selection"),
-                  sizes=(sizes, "size-0.2M", "size-0.8M", "size-3M", "scale"))
+OF_PRESETS = dict(rivals=(rivals, "the plays, 0.2M parameters", "text"),
+                  budgets=(budgets, "the plays, 0.2M parameters", "text"),
+                  placement=(placement, "the task urns", "selection"),
+                  sizes=(sizes, "Linux's source", "size-0.2M", "size-0.8M", "size-3M", "scale"))
 
 
 @dataclass
@@ -411,7 +422,7 @@ class Settings:
 def measure(s):
     """The numbers of a figure, and a sentence about them."""
     if s.figure in OF_PRESETS:
-        read, *presets = OF_PRESETS[s.figure]
+        read, text, *presets = OF_PRESETS[s.figure]
         paths = [Path(s.results) / f"{preset}.json" for preset in presets]
         results = [read_results(path) for path in paths if path.exists()]
         if not results:
@@ -425,10 +436,11 @@ def measure(s):
             refuse(f"{' and '.join(map(str, paths))} lack what the figure {s.figure} shows; run compare.py --preset "
                    f"{presets[0]} to its end, or name another folder with --results")
         seeds = [len({run["seed"] for run in preset["runs"]}) for preset in results]
-        return found, f"{' to '.join(map(str, sorted({min(seeds), max(seeds)})))} paired seeds, 95 % intervals"
+        return found, f"{text}; {' to '.join(map(str, sorted({min(seeds), max(seeds)})))} paired seeds, 95 % intervals"
     most = 3 if s.figure == "kinds" else 1
     if len(s.budget) > most:
-        refuse(f"--budget of --figure {s.figure} is {most} number{'s' * (most > 1)} at most, not {len(s.budget)}; leave out some")
+        refuse(f"--budget of --figure {s.figure} is {most} number{'s' * (most > 1)} at most, not {len(s.budget)}; leave out "
+               "some")
     device = choose_device(s.device)
     load = lambda folder, flag: load_checkpoint(best_or_last(folder), device, flag=flag)
     checkpoint, model = load(s.out_dir, "--out_dir")
@@ -436,9 +448,10 @@ def measure(s):
         refuse(f"--out_dir {s.out_dir} holds a model of the task urns; name one of a text")
     settings = TrainSettings(**checkpoint["settings"] | dict(eval_iters=1))
     if settings.dataset != "shakespeare" and not Path(settings.dataset).exists():
-        refuse(f"--out_dir {s.out_dir} was trained on {settings.dataset}, which is not here; call this where it was trained")
+        refuse(f"--out_dir {s.out_dir} was trained on {settings.dataset}, which is not here; call this where it was "
+               "trained")
     data = Text(settings)
-    settings.batch_size = min(s.windows, len(data.val) // data.T)     # if windows overlapped, the intervals would be wrong
+    settings.batch_size = min(s.windows, len(data.val) // data.T)     # for intervals, windows must not overlap
     idx = torch.from_numpy(data.val_batch(0)[0]).to(device)
     note = f"{settings.batch_size} validation windows, 95 % intervals"
     note = f"one checkpoint at a budget of {' and '.join(f'{budget:g}' for budget in s.budget)}; {note} over windows"
@@ -472,9 +485,8 @@ def main(argv):
         figure = plt.figure(figsize=(5 + 3 * panels, 4.5), layout="constrained", facecolor="white")
         axes = figure.subplots(1, panels)
         DRAW[s.figure](found, axes)
-        beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if panels > 1 else {}
         if s.figure != "rivals":                                      # whose points have their names beside them
-            figure.axes[-1].legend(frameon=False, fontsize=9, **beside)
+            figure.axes[0 if s.figure == "placement" else -1].legend(frameon=False, fontsize=9)
         figure.supxlabel(note, fontsize=9)
         write_picture(path, figure, dpi=130)
         plt.close(figure)

@@ -1,11 +1,12 @@
 #!/bin/bash
 # What only a GPU can tell: bash experiments/gpu.sh tests|bench|scale|size-3M FOLDER [ARMS]. Each part ends by itself in
 # 10 minutes and leaves its output in FOLDER; all but tests, called again, go on with what is there. scale and size-3M
-# want data/linux.txt, or the same as linux.txt.xz; scale trains the ARMS (compare.py --help), or all. Where the code is
+# want data/linux.txt, or the same as linux.txt.xz; scale trains the ARMs (those of compare.py), or all. Where the code is
 # without git, COMMIT in the environment names it.
 set -u
 part=${1:-} out=${2:-}
-[ -n "$out" ] || { echo "gpu.sh: name a part (tests, bench, scale or size-3M) and a folder" >&2; exit 2; }
+case $part in tests|bench|scale|size-3M) ;; *) out= ;; esac
+[ -n "$out" ] || { echo 'usage: gpu.sh tests|bench|scale|size-3M FOLDER ["ARM; ARM"], with a folder for the results' >&2; exit 2; }
 mkdir -p "$out" || exit 2
 compare=(python experiments/compare.py --processes 8 --runs out-compare --results "$out" --preset)
 if [ $part = scale ] || [ $part = size-3M ]; then
@@ -21,12 +22,11 @@ case $part in
            [ -z "${3:-}" ] || only=(--arms "$3")
            timeout 450 "${compare[@]}" scale "${only[@]}"
            "${compare[@]}" scale --train false &
-           bubbles=$(grep -l "n_layer 8" out-compare/bubbles__r___2_0_*.json)     # its checkpoint is too large to bring home
+           bubbles=$(grep -ls "n_layer 8" out-compare/bubbles__r___2_0_*.json)    # its checkpoint is too large to bring home
            bubbles=${bubbles%.json}
            [ -n "$bubbles" ] || { wait; echo "gpu.sh: no run of bubbles is there to look at" >&2; exit 1; }
            python experiments/figures.py --figure kinds --budget 1.5,2 --out_dir "$bubbles" --results "$out" &
            python sample.py --out_dir "$bubbles" --budget 1.5 --max_new_tokens 300 --plot "$out/function.png" \
                --prompt $'\nstatic int find_free_slot(struct table *table, u32 key)\n{\n' &
            wait ;;
-    *) echo "gpu.sh: no part called $part; there are tests, bench, scale and size-3M" >&2; exit 2 ;;
 esac

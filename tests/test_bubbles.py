@@ -184,7 +184,7 @@ def test_attention_is_what_the_model_attends_to(model):
                 before = [j for j in range(i) if 0 <= owner[j] < t]
                 values["its own fork"] += [probe[layer][i, j].item() for j in own]
                 values["the token before"] += [probe[layer][i, last[t - 1]].item()] if t else []
-                values["an earlier stream"] += [probe[layer][i, j].item() for j in before]
+                values["a stream of any earlier token"] += [probe[layer][i, j].item() for j in before]
         for name, numbers in values.items():
             mean, low, high = found[f"block {layer}"][name]
             assert mean == pytest.approx(np.mean(numbers), abs=1e-6) and low <= mean + 1e-9 and mean <= high + 1e-9
@@ -243,7 +243,7 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     Path("results/scale.json").write_text(Path("results/text.json").read_text())
     graded = lambda arm, seed, *grades: a_run(arm, seed, {"9": {"1": 1.0}}) | dict(grade=dict(zip("59", grades)))
     none, some = [[0.5, 2.0], [1, 1], [1, 1]], [[0.5, 1.5], [1.5, 3], [1.25, 2]]
-    runs = [graded(arm, seed, none, last) for arm, last in ((GPT, none), ("a mixture", some)) for seed in (0, 1)]
+    runs = [graded(arm, seed, none, last) for arm, last in ((GPT, none), ("mixture by hand", some)) for seed in (0, 1)]
     Path("results/selection.json").write_text(json.dumps(dict(runs=runs, measured={})))
     for name in ("rivals", "entropy", "kinds", "attention", "budgets", "placement", "sizes"):
         figures.main(["--figure", name, "--results", "results", "--windows", "8", "--device", "cpu"])
@@ -263,4 +263,4 @@ def test_the_figures_are_drawn_with_their_numbers_beside_them(folder, capsys):
     found = json.loads(Path("results/rivals.json").read_text())["found"]
     assert found["bubbles, r = 2"][:2] == pytest.approx([1.5, -0.2]) and found[GPT] == [1, 0, 0]
     found = json.loads(Path("results/placement.json").read_text())["found"]
-    assert found[GPT]["9"][2] == [2.0, 0.0] and found["a mixture"]["9"] == [[1.5, 0.0], [2.0, 0.0], [1.5, 0.0]]
+    assert found[GPT]["9"][2] == [2.0, 0.0] and found["mixture by hand"]["9"] == [[1.5, 0.0], [2.0, 0.0], [1.5, 0.0]]
