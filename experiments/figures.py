@@ -439,8 +439,7 @@ def measure(s):
         return found, f"{text}; {' to '.join(map(str, sorted({min(seeds), max(seeds)})))} paired seeds, 95 % intervals"
     most = 3 if s.figure == "kinds" else 1
     if len(s.budget) > most:
-        refuse(f"--budget of --figure {s.figure} is {most} number{'s' * (most > 1)} at most, not {len(s.budget)}; leave out "
-               "some")
+        refuse(f"--figure {s.figure} shows {most} --budget at most, not {len(s.budget)}; leave out some")
     device = choose_device(s.device)
     load = lambda folder, flag: load_checkpoint(best_or_last(folder), device, flag=flag)
     checkpoint, model = load(s.out_dir, "--out_dir")
