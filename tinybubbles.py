@@ -31,13 +31,13 @@ Four things that are easy to get wrong:
     1. Streams attend causally in the order in which they stand. A fork stands left of its parent, so the parent
        sees the fork, and the fork does not see its parent. All that stand further right see both.
     2. An extra survives if it reaches the bar and the quota has room. The quota is the hard limit. Without a bar
-       it would be spent on whatever comes first. So there is the bar, which about r - 1 of all extras per token
-       reach. An extra below it is refused even if there is room, and the room stays for later extras that reach
-       it. (If a whole batch leaves room for all its extras, the bar goes so low that all reach it. At r = 2 or more
-       that is so in the first fork layer: it forks every token, and only later fork layers choose.)
+       it would be spent on whatever comes first. So there is the bar, set so that on average r - 1 extras per
+       token reach it. An extra below it is refused even if there is room, and the room stays for later extras
+       that reach it. (Where there are no more than r - 1 extras per token, the bar goes so low that all reach it.
+       At r = 2 or more that is so in the first fork layer, which forks every token.)
     3. Room is given out from left to right, stream by stream; each stream that would stay is served just before
-       its own new fork. So a new fork never takes the room of its parent (though it can survive when its parent
-       misses the bar and is deleted), and no later token changes an earlier choice.
+       its own new fork. So a new fork never takes the room of its parent, and no later token changes an earlier
+       choice. If a stream misses the bar and is deleted, its new fork can still survive.
     4. The loss teaches the scores through P alone. A fork that is not chosen has no P in any block, and so its
        score gets no gradient.
 
@@ -87,8 +87,8 @@ class Config:
                              f"{self.n_layer - 1}, or none, not {self.fork_layers!r}")
         self.fork_layers = tuple(sorted(self.fork_layers))
         self.budget = check_budget(self.budget)
-        # A fork layer can at most double the streams, so no higher budget than `most` can be spent. As `most` is in the
-        # list, each one that can is in it, or has a higher one there.
+        # A fork layer can at most double the streams, so no higher budget than `most` can be spent. With `most` in
+        # the list, no budget that can be spent is above all in it.
         most = 2.0 ** len(self.fork_layers)
         self.bar_budgets = tuple(sorted({most, self.budget, *map(check_budget, self.bar_budgets)}))
 
@@ -248,9 +248,9 @@ class Tinybubbles(nn.Module):
 
 
 def init_matrix(module, config, added=1):
-    """Draw a weight matrix from N(0, 2 / (5 D added)). `added` is for a matrix whose output is added to the
-    stream, as each block adds two: it is how many such matrices the model has. At D = 1,000 and without it that is
-    GPT-2's standard deviation of 0.02, which is too small for small models."""
+    """Draw a weight matrix from N(0, 2 / (5 D added)). added: of a matrix whose output is added to the stream,
+    how many such matrices the model has; else 1. At D = 1,000 and added = 1 that is GPT-2's standard deviation of
+    0.02, which is too small for small models."""
     nn.init.normal_(module.weight, std=math.sqrt(2 / (5 * config.n_embd * added)))
     return module
 
@@ -337,26 +337,26 @@ class Fork(nn.Module):
         is a higher budget, too many extras reach its bar, and the quota trims them. If there is no such budget,
         all extras are wanted. (The answer is a tensor, as to turn it into a number would make a GPU wait.)"""
         usable = (self.budgets >= budget - ROUNDING) & (self.bar != NEVER_MEASURED)   # (R,)
-        first = usable.int().argmax(0, keepdim=True)                                  # (1,), 0 if there is none
+        first = usable.int().argmax(0, keepdim=True)                                  # (1,), the first that is usable
         return self.bar.masked_fill(~usable, NEVER_MEASURED).gather(0, first)
 
     @torch.no_grad()
     def move_bar(self, budget, logp, is_extra, tokens):
-        """Move the bar of a budget r towards the log P that r - 1 extras per token of this batch reach: a tenth
-        of the way, or all of it the first time. All extras count, whether they survive or not. The bar is a
-        running statistic, as the mean in BatchNorm is. Each forward pass that trains moves it once, for the
-        passes after it. No other pass does: neither validation without gradients nor sampling, whatever mode the
-        model is in. If the budget is not in the list, the next higher one's bar moves."""
+        """Move the bar of a budget r towards the log P of this batch's k-th best extra, where k is r - 1 times the
+        tokens of the batch: a tenth of the way, or all of it the first time. All extras count, whether they
+        survive or not. Each forward pass that trains moves the bar once, for the passes after it. No other pass
+        does: neither validation without gradients nor sampling, whatever mode the model is in. If the budget is
+        not in the list, r is the next higher one that is."""
         bar_index = (self.budgets < budget - ROUNDING).sum(0, keepdim=True)           # (1,)
         r = self.budgets.gather(0, bar_index)
-        count = ((r - 1) * tokens).round().long()                                     # (1,), extras to be had
+        k = ((r - 1) * tokens).round().long()                                         # (1,)
         best_first = logp.masked_fill(~is_extra, PADDING).flatten().sort(descending=True).values
-        reached = best_first.gather(0, (count - 1).clamp(0, len(best_first) - 1))
-        # 1e-3 lower, so that if the same extras come again, rounding does not put them under the bar. If the
-        # budget has room for every extra of the batch, the target is the lowest possible log P, which every extra
-        # reaches. (At r = 1 there is room for none. The best extra sets the bar, and the quota refuses it.)
-        has_room_for_all = count >= is_extra.sum()
-        target = torch.where(has_room_for_all, self.lowest_logp, reached - 1e-3)
+        kth_best = best_first.gather(0, (k - 1).clamp(0, len(best_first) - 1))
+        # 1e-3 lower, so that if the same extras come again, rounding does not put them under the bar. If there are
+        # no more than k extras, the target is the lowest possible log P, which every extra reaches. (At r = 1, k
+        # is 0. The best extra sets the bar, and the quota refuses it.)
+        all_may_survive = k >= is_extra.sum()
+        target = torch.where(all_may_survive, self.lowest_logp, kth_best - 1e-3)
         bar = self.bar.gather(0, bar_index)
         self.bar.scatter_(0, bar_index, torch.where(bar == NEVER_MEASURED, target, bar.lerp(target, 0.1)))
 
@@ -387,9 +387,9 @@ def admit(wanted, allowed, used):
             admitted[i] = wanted[i] and used < allowed[i]
             used = used + admitted[i]
 
-    As used never exceeds allowed[i], a step of the loop is used = min(used + wanted[i], allowed[i]). Let total be
-    the running sum of wanted, and slack = used - total. Then the step is slack = min(slack, allowed[i] - total[i]):
-    a running minimum. An extra is admitted where `used` rises."""
+    As used never exceeds allowed[i], a step of the loop is used = min(used + wanted[i], allowed[i]). Let total[i]
+    be the sum of wanted up to i, and subtract it from both sides: with slack = used - total, the step is
+    slack = min(slack, allowed[i] - total[i]), a running minimum. An extra is admitted where `used` rises."""
     total = wanted.cumsum(1)                                                          # (B, M)
     slack = (allowed - total).cummin(1).values.minimum(used)                          # (B, M)
     used_after = total + slack
@@ -449,7 +449,7 @@ class CausalSelfAttention(nn.Module):
 
     so log P_j is scaled as well. To add it, a model with fork layers gives up the last channel of each head:
     there q is 1 and k is log P, so any attention kernel serves. As in the authors' code this happens after the
-    rotation: of the pair of channels that turns most slowly, half is lost."""
+    rotation: of the pair of channels that turns most slowly, one is lost."""
 
     def __init__(self, config, layer):
         super().__init__()
