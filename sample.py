@@ -2,7 +2,6 @@
 Generate text from a trained model: python sample.py --budget 2.0        (every knob: python sample.py --help)
 """
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from tasks.text import decoder, encode
 from tools.files import best_or_last, load_checkpoint
 from tools.pictures import legend, plot, read_bubbles, shade
-from tools.program import choose_device, knob, read_flags, refuse, show_all_characters
+from tools.program import choose_device, knob, read_flags, refuse, run_program
 
 
 @dataclass
@@ -82,7 +81,6 @@ def main(argv):
     vocabulary = checkpoint["vocabulary"]
     prompt = encode(read_prompt(s.prompt, vocabulary), vocabulary, model.config.vocab_size)
     model.eval()
-    show_all_characters()
     started = time.perf_counter()
     samples = [write_sample(model, prompt, vocabulary, s, seed) for seed in range(s.seed, s.seed + s.num_samples)]
     made, seconds = s.num_samples * s.max_new_tokens, time.perf_counter() - started
@@ -96,11 +94,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit(130)
-    except OSError as error:                                          # of stdout, as files have refusals of their own
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):                    # the reader of a pipe has left: end quietly
-            refuse(f"the sample cannot be printed ({error.strerror}); make room where it goes")
+    run_program(main, "stopped")

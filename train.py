@@ -8,7 +8,6 @@ can share the batches of a step.
 import dataclasses
 import math
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tasks.text import make_data
 from tinybubbles import NEVER_MEASURED, Config
 from tools.files import RunFolder, load_checkpoint, make_model, remedy
 from tools.program import (Stop, as_typed, check_finite, choose_device, in_turn, join_processes, knob, or_refuse,
-                           read_flags, refuse, refuse_if_too_large, say, show_all_characters, wait_for_all)
+                           read_flags, refuse, refuse_if_too_large, run_program, say, wait_for_all)
 from tools.report import LOG_COLUMNS, summarize, tell_progress
 
 FREE = ("dataset", "out_dir", "max_iters", "eval_interval", "log_interval", "gradient_accumulation_steps", "device",
@@ -333,7 +332,6 @@ def main(argv):
     s, saved, folder = read_flags(Settings, argv, (__doc__ or "").strip().split("\n")[0]), None, None
     if s.resume:
         s, saved = resume(s, argv)
-    show_all_characters()
     try:
         trainer = Trainer(s, saved)
         if trainer.rank == 0:
@@ -360,7 +358,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; what was saved is kept") from None
+    run_program(main, "stopped; what was saved is kept")

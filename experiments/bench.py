@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tinybubbles import MLP, Config, Tinybubbles, init_matrix, quota  # noqa: E402
 from tools.files import make_folder, read_json, write_picture, write_text  # noqa: E402
-from tools.program import choose_device, knob, read_flags, refuse  # noqa: E402
+from tools.program import choose_device, knob, read_flags, refuse, run_program  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import make_optimizers, measure_bars  # noqa: E402
 
@@ -420,4 +420,4 @@ def read_rows(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, "stopped")

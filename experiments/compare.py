@@ -35,7 +35,7 @@ from experiments import rivals  # noqa: E402
 from tasks.text import make_data  # noqa: E402
 from tinybubbles import PaperTinybubbles, Tinybubbles  # noqa: E402
 from tools.files import make_folder, read_json, write_atomically, write_picture, write_text  # noqa: E402
-from tools.program import first_line, knob, read_flags, refuse, say  # noqa: E402
+from tools.program import first_line, knob, read_flags, refuse, run_program, say  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 from train import Trainer  # noqa: E402
 
@@ -169,24 +169,32 @@ class Job:
         name = "".join(c if c.isalnum() else "_" for c in self.arm)
         return Path(self.folder) / f"{name}_{self.seed}_{zlib.crc32(self.flags().encode()):08x}.json"
 
+    def lacks(self):
+        """The marks at which the run's JSON lacks the loss at a budget, in their order."""
+        loss = read_run(self.path())["loss"] if self.path().exists() else {}
+        budgets = {f"{budget:g}" for budget in ARMS[self.arm].budgets}
+        return [mark for mark in PRESETS[self.preset].marks if not budgets <= loss.get(str(mark), {}).keys()]
+
     def done(self):
-        """What the run's JSON says, if it is whole: a run that lacks a budget is evaluated again, not trained."""
-        run = read_run(self.path()) if self.path().exists() else dict(loss={})
-        last = run["loss"].get(str(PRESETS[self.preset].marks[-1]), {})
-        return run if all(f"{budget:g}" in last for budget in ARMS[self.arm].budgets) else None
+        """What the run's JSON says, if it is whole."""
+        return None if self.lacks() else read_run(self.path())
 
     def flops_path(self):
         return self.path().with_suffix("") / "flops.json"
 
+    def checkpoint_path(self):
+        """A rival's has a name of its own: for train.py and sample.py it is no checkpoint."""
+        is_theirs = ARMS[self.arm].make in (Tinybubbles, PaperTinybubbles)
+        return self.path().with_suffix("") / ("ckpt.pt" if is_theirs else "rival.pt")
+
     def trained(self):
         """Whether a checkpoint is there: of a run that another machine made, only the JSON is."""
-        return (self.path().with_suffix("") / "ckpt.pt").exists()
+        return self.checkpoint_path().exists()
 
-    def trainer(self):
-        """The Trainer, at the run's last checkpoint."""
-        out = self.path().with_suffix("")
-        s = read_flags(TrainSettings, [*self.flags().split(), "--out_dir", str(out)], "")
-        saved = torch.load(out / "ckpt.pt", s.device, weights_only=True) if self.trained() else None
+    def trainer(self, anew=False):
+        """The Trainer, at the run's last checkpoint, or at the run's beginning."""
+        s = read_flags(TrainSettings, [*self.flags().split(), "--out_dir", str(self.path().with_suffix(""))], "")
+        saved = None if anew or not self.trained() else torch.load(self.checkpoint_path(), s.device, weights_only=True)
         return Trainer(s, saved, lambda config, paper: ARMS[self.arm].make(config))
 
 
@@ -235,6 +243,8 @@ def train(job):
     """Make the run, in this process, on one thread."""
     torch.set_num_threads(1)
     trainer, path, marks = job.trainer(), job.path(), PRESETS[job.preset].marks
+    if trainer.step > job.lacks()[0]:                                 # its checkpoint is beyond what has to be measured
+        trainer = job.trainer(anew=True)
     run = dict(arm=job.arm, rate=job.rate, seed=job.seed, flags=job.flags(), loss={},
                parameters=sum(p.numel() for p in trainer.model.parameters()), optimizer=trainer.s.optimizer,
                commit=commit(), machine=machine(trainer.device))
@@ -251,7 +261,7 @@ def train(job):
             write_text(path, json.dumps(run))
         if step % 1000 == 0 or step == marks[-1]:
             path.with_suffix("").mkdir(exist_ok=True)
-            write_atomically(path.with_suffix("") / "ckpt.pt", lambda file: torch.save(trainer.checkpoint(), file))
+            write_atomically(job.checkpoint_path(), lambda file: torch.save(trainer.checkpoint(), file))
         if step == marks[-1]:
             told = ", ".join(f"{budget}: {loss:.4f}" for budget, loss in run["loss"][str(step)].items())
             return say(f"{job}: validation loss at budget {told}")
@@ -465,7 +475,9 @@ def in_processes(s, work, jobs):
         while waiting or running:
             while waiting and len(running) < s.processes:
                 process = spawn.Process(target=try_job, args=(work, waiting.pop(0)))
+                before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends the others
                 process.start()
+                signal.signal(signal.SIGINT, before)
                 running[process.sentinel] = process
             for sentinel in wait(running):
                 running.pop(sentinel).join()
@@ -475,14 +487,11 @@ def in_processes(s, work, jobs):
 
 
 def try_job(work, job):
-    """In the process of a job: do it, or say in one sentence why it cannot be done. Ctrl-C is left to the parent, which
-    then ends this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In the process of a job: do it, or say in one sentence why it cannot be done."""
     try:
         work(job)
     except Exception as error:                                        # a damaged checkpoint, memory, a full disk
-        folder = job.path().with_suffix("")
-        refuse(f"{job}: failed ({first_line(error)}); if it is damaged, remove {folder} and {folder.name}.json")
+        refuse(f"{job}: failed ({first_line(error)}); if it is damaged, remove {job.path().with_suffix('')} and {job.path()}")
 
 
 def train_all(s, jobs):
@@ -527,8 +536,9 @@ def recall(s):
                    "--results")
         rates[job.arm] = job.rate
         paths.add(job.path())
-        if not job.done():
-            write_text(job.path(), json.dumps(run))
+        if job.done() not in (None, run):
+            refuse(f"{job.path()} and {path} tell of one run differently; name another folder with --results or --runs")
+        write_text(job.path(), json.dumps(run))
     return rates, told["measured"], paths
 
 
@@ -576,28 +586,38 @@ def make_ready(s):
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
-    p, results = PRESETS[s.preset], Path(s.results)
+    results = Path(s.results)
     make_folder(Path(s.runs), "--runs")
     make_folder(results, "--results")
     asked = asked_arms(s)
     if s.train:
         make_ready(s)
-    rates, found, told = recall(s)
+    rates, _, _ = recall(s)
+    if s.train and GPT not in asked and GPT not in rates | choose_rates(s, [GPT], False):
+        refuse(f"--arms lacks the {GPT}, of which no run is done, so there would be nothing to compare with; add it")
     rates |= choose_rates(s, [arm for arm in asked if arm not in rates], s.train)
-    rates |= choose_rates(s, [arm for arm in p.arms if arm not in rates], False)
-    jobs = [Job(s.preset, arm, rates[arm], seed, s.runs) for seed in range(p.seeds) for arm in p.arms if arm in rates]
     if s.train:
-        train_all(s, [job for job in jobs if job.arm in asked])
-    sum_up(s, jobs, rates, found, told)
-    undone = [arm for arm in asked if arm not in rates] + [job for job in jobs if job.arm in asked and not job.done()]
+        train_all(s, jobs_of(s, asked, rates))
+    sum_up(s, rates)
+    undone = [arm for arm in asked if arm not in rates] + [job for job in jobs_of(s, asked, rates) if not job.done()]
     if s.train and undone:
         raise SystemExit(f"some of what was asked for failed, as said above; the rest is in {results}")
 
 
-def sum_up(s, jobs, rates, found, told):
-    """Write PRESET.json, .md and .png of what is done. rates: of the arms that have one; found: what was measured of an
-    arm; told: the paths of the runs that must be among those that are done."""
-    p, results, done = PRESETS[s.preset], Path(s.results), [job for job in jobs if job.done()]
+def jobs_of(s, arms, rates):
+    """The jobs of these arms, as far as they have a rate, seed by seed."""
+    return [Job(s.preset, arm, rates[arm], seed, s.runs) for seed in range(PRESETS[s.preset].seeds) for arm in arms
+            if arm in rates]
+
+
+def sum_up(s, rates):
+    """Write PRESET.json, .md and .png of what is done. rates: of the arms that were asked for."""
+    p, results = PRESETS[s.preset], Path(s.results)
+    told_rates, found, told = recall(s)                               # anew: another call may have added to it
+    rates = rates | told_rates
+    rates |= choose_rates(s, [arm for arm in p.arms if arm not in rates], False)
+    jobs = jobs_of(s, p.arms, rates)
+    done = [job for job in jobs if job.done()]
     if GPT not in {job.arm for job in done}:
         refuse(f"no run of the {GPT} is done in --runs {s.runs}, so there is nothing to compare with; train it first")
     if lost := told - {job.path() for job in done}:
@@ -618,6 +638,7 @@ def sum_up(s, jobs, rates, found, told):
 
 
 def interrupt(number, frame):
+    signal.signal(number, signal.SIG_IGN)                             # `timeout` sends it twice
     raise KeyboardInterrupt
 
 
@@ -625,7 +646,4 @@ if __name__ == "__main__":
     for name in ("SIGTERM", "SIGHUP"):                                # these end the runs as Ctrl-C does
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_DFL:
             signal.signal(getattr(signal, name), interrupt)
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; what is done is kept, and the same command goes on") from None
+    run_program(main, "stopped; what is done is kept, and the same command goes on")

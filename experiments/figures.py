@@ -30,7 +30,7 @@ from tasks.text import Text  # noqa: E402
 from tinybubbles import Config, Fork, Streams  # noqa: E402
 from tools.files import best_or_last, load_checkpoint, make_folder, write_picture, write_text  # noqa: E402
 from tools.pictures import count_streams  # noqa: E402
-from tools.program import choose_device, knob, or_refuse, read_flags, refuse  # noqa: E402
+from tools.program import choose_device, knob, or_refuse, read_flags, refuse, run_program  # noqa: E402
 from train import Settings as TrainSettings  # noqa: E402
 
 TOKENS, BUDGET, BAR = "abcd", 1.5, 0.5
@@ -493,4 +493,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, "stopped")

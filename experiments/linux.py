@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tools.files import make_folder, write_atomically  # noqa: E402
-from tools.program import knob, read_flags, refuse  # noqa: E402
+from tools.program import knob, read_flags, refuse, run_program  # noqa: E402
 
 ENDINGS = ".c", ".h", ".S", ".rst", ".txt"
 GENERATED = "/drivers/gpu/drm/amd/include/"
@@ -45,9 +45,11 @@ def read_files(tarball):
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip().splitlines()[0])
+    if Path(s.out).exists():
+        refuse(f"--out {s.out} is there already, and runs may have been trained on it; remove it, or name another file")
     try:
         files = read_files(s.tarball)
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+    except (OSError, ValueError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or error
         refuse(f"--tarball {s.tarball} cannot be read ({reason}); name the whole tarball of Linux's source")
     names = sorted(files)
@@ -69,4 +71,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main, "stopped")

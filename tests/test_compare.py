@@ -195,6 +195,8 @@ def test_only_the_arms_that_are_asked_for_are_trained_and_all_are_summed_up(resu
     assert {job.arm for job in jobs} == {"copy-2", "bubbles, r = 2"}
     assert json.loads(Path("asked/smoke.json").read_text())["runs"] == results["runs"]
     assert "no arm 'copy-3'; it has plain GPT; copy-2; " in exits(capsys, compare.main, ["--arms", "copy-3"]).err
+    said = exits(capsys, compare.main, ["--arms", "copy-2", "--runs", "no-gpt", "--results", "no-gpt"]).err
+    assert "--arms lacks the plain GPT" in said and list(Path("no-gpt").iterdir()) == []
 
 
 def test_flops_are_counted_for_every_arm_and_drawn(results):
@@ -210,8 +212,41 @@ def test_flops_are_counted_for_every_arm_and_drawn(results):
         assert Path(f"results/{name}.png").stat().st_size > 10_000
 
 
+def test_what_another_call_adds_meanwhile_is_kept(results, monkeypatch):
+    whole = Path("results/smoke.json").read_text()
+    Path("both").mkdir()
+    monkeypatch.setattr(compare, "train_all", lambda s, jobs: Path("both/smoke.json").write_text(whole))
+    compare.main(["--results", "both", "--arms", f"{GPT}; copy-2"])
+    assert json.loads(Path("both/smoke.json").read_text())["runs"] == results["runs"]
+
+
+def test_a_run_whose_json_is_lost_is_made_again(results):
+    job = Job("smoke", "copy-2", 4e-3, 0, "out-compare")
+    run = job.path().read_text()
+    assert job.trained() and not (job.path().with_suffix("") / "ckpt.pt").exists()      # train.py must not go on with it
+    for change in (lambda run: run["loss"].pop("5"), lambda run: run["loss"]["10"].pop("2")):
+        less = json.loads(run)
+        change(less)
+        job.path().write_text(json.dumps(less))
+        assert not job.done()
+        compare.train(job)
+        assert job.done()["loss"] == json.loads(run)["loss"]
+    job.path().unlink()
+    compare.train(job)
+    assert job.done()["loss"] == json.loads(run)["loss"]
+    job.path().write_text(run)
+
+
 def test_results_are_never_lost(results, capsys):
-    """Not to other flags, not to a damaged file, not to runs that are not there."""
+    """Not to other flags, not to other runs, not to a damaged file, not to runs that are not there."""
+    whole = json.loads(Path("results/smoke.json").read_text())
+    whole["runs"][0]["loss"]["10"]["1"] += 1
+    Path("theirs").mkdir()
+    Path("theirs/smoke.json").write_text(json.dumps(whole))
+    said = exits(capsys, compare.main, ["--results", "theirs", "--train", "false"]).err
+    assert "tell of one run differently" in said and said.count("\n") == 1
+    assert json.loads(Path("theirs/smoke.json").read_text()) == whole
+    assert Job("smoke", GPT, 4e-3, 0, "out-compare").done() == results["runs"][0]
     whole = json.loads(Path("results/smoke.json").read_text())
     whole["runs"][0]["flags"] += " --dropout 0.1"
     Path("other").mkdir()
@@ -269,11 +304,12 @@ def test_linuxs_source_is_chosen_and_shuffled(tmp_path, monkeypatch, capsys):
     assert len(text) == 6 * 180_000 and sorted(text[::180_000]) == list(b"abcdef") and text[::180_000] != b"abcdef"
     assert hashlib.sha256(text).hexdigest() in capsys.readouterr().out
     Path("cut.tar.xz").write_bytes(Path("linux.tar.xz").read_bytes()[:-99])
-    for flags, word in (("linux.tar.xz --megabytes 2", "1,080,000 bytes"), ("nowhere", "No such file"), ("cut.tar.xz", "cut."),
-                        ("linux.tar.xz --megabytes 1 --out data", "not a file that can be replaced")):
+    for flags, word in (("linux.tar.xz --megabytes 2 --out new", "1,080,000 bytes"), ("nowhere --out new", "No such file"),
+                        ("cut.tar.xz --out new", "cut."), ("linux.tar.xz --out data", "--out data is there already"),
+                        ("linux.tar.xz", "--out data/linux.txt is there already")):
         said = exits(capsys, linux.main, ["--tarball", *flags.split()]).err
         assert word in said and said.count("\n") == 1
-    assert Path("data/linux.txt").read_bytes() == text
+    assert Path("data/linux.txt").read_bytes() == text and not Path("new").exists()
 
 
 def test_bad_presets_are_refused(capsys):

@@ -266,13 +266,13 @@ BAD_TRAIN = ["--max_iters x", "--max_iters -1", "--budget 0.5", "--budget nan", 
              "--resume --out_dir cut", "--resume --n_layer 9", "--dataset short --resume", "--resume --max_iters 3",
              "--beta1 1", "--device meta", "--dataset urns --block_size 4", "--dataset urns --vocab_size 5",
              "--grad_clip -1", "--log_interval 0", "--compile 2", "--warmup_iters -1", "--out_dir empty/below",
-             "--beta2 nan", "--dropout 1", "--dataset ''", "--n_embd 100000000000000000000"]
+             "--grad_clip=--", "--beta2 nan", "--dropout 1", "--dataset ''", "--n_embd 100000000000000000000"]
 BAD_SAMPLE = ["--budget 0.9", "--budget nan", "--temperature -1", "--temperature hot", "--top_k -1", "--num_samples 0",
               "--max_new_tokens -5", "--out_dir nowhere", "--out_dir random", "--out_dir cut", "--out_dir code",
               "--out_dir other", "--out_dir words", "--out_dir old", "--prompt ''", "--prompt FILE:nowhere",
               "--prompt FILE:data", "--prompt FILE:empty", "--device tpu", "--seed 1.5", "--checkpoint first",
               "--checkpoint", "--top_k 1.5", "--num_samples many", "--prompt FILE:", "--out_dir text.txt", "--unknown",
-              "--plot ''", "--plot picture.jpg", "--plot nowhere/picture.png", "--plot data"]
+              "--plot=--", "--prompt=--", "--plot ''", "--plot picture.jpg", "--plot nowhere/picture.png", "--plot data"]
 
 
 @pytest.fixture

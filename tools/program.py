@@ -27,13 +27,13 @@ def check_finite(loss, step, folder):
     if not math.isfinite(loss):
         kept = Path(folder) / "ckpt.pt"
         refuse(f"the loss at step {step} is {loss}; {f'{kept} is kept' if kept.exists() else 'nothing was saved yet'}; "
-               "try a lower --learning_rate", code=1)
+               "start a new run with a lower --learning_rate", code=1)
     return loss
 
 
 def first_line(error):
-    """The first line of what an error says, or its kind if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first sentence of what an error says, or its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
 
 
 def or_refuse(make):
@@ -44,7 +44,8 @@ def or_refuse(make):
         refuse(str(error))
 
 
-TOO_LARGE = "can't allocate memory", "not enough memory", "Storage size calculation overflowed", "array is too big"
+TOO_LARGE = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed", "array is too big",
+             "Maximum allowed size exceeded")
 
 
 def refuse_if_too_large(error, remedy):
@@ -97,6 +98,9 @@ def read_flags(settings_class, argv, description, base=None):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = refuse
+    for arg in argv:
+        if arg.endswith("=--"):                                       # which argparse would take for no value at all
+            refuse(f"argument {arg[:-3]}: -- cannot be a value; leave it out")
     for f in dataclasses.fields(settings_class):
         names = dict.fromkeys(("--" + f.name, "--" + f.name.replace("_", "-"), "--" + (f.metadata["alias"] or f.name)))
         default = argparse.SUPPRESS if f.default is None else f.default
@@ -161,6 +165,21 @@ def show_all_characters():
     """A sample may hold characters that the terminal's encoding lacks: they become question marks."""
     if hasattr(sys.stdout, "reconfigure"):                            # a notebook's stdout has no encoding
         sys.stdout.reconfigure(errors="replace")
+
+
+def run_program(main, stopped):
+    """Call `main` with the flags of the command line. Ctrl-C ends the program with the sentence `stopped`; so does
+    output that cannot be printed, or quietly, if its reader has left."""
+    show_all_characters()
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(stopped) from None
+    except OSError as error:                                          # of stdout, as files have refusals of their own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            refuse(f"the output cannot be printed ({error.strerror}); make room where it goes")
 
 
 class Stop:
