@@ -86,6 +86,10 @@ class Config:
             raise ValueError("fork_layers must be different whole numbers from 0 to n_layer - 1 = "
                              f"{self.n_layer - 1}, or none, not {self.fork_layers!r}")
         self.fork_layers = tuple(sorted(self.fork_layers))
+        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number from 0 to below 1, not {self.dropout!r}")
+        if not isinstance(self.bar_budgets, Sequence):
+            raise ValueError(f"bar_budgets must be a sequence of budgets, not {self.bar_budgets!r}")
         self.budget = check_budget(self.budget)
         # A fork layer can at most double the streams, so no higher budget than `most` can be spent. With `most` in
         # the list, no budget that can be spent is above all in it.
@@ -217,7 +221,9 @@ class Tinybubbles(nn.Module):
         temperature: 0 always takes the likeliest token. top_k: sample among the k likeliest; None or 0 means
         all. generator: a torch.Generator. show: a function that is called with each new token (B, 1).
         compile: torch.compile the step that reads one token."""
-        assert min(temperature, top_k or 0, max_new_tokens) >= 0
+        if not all(number >= 0 for number in (temperature, top_k or 0, max_new_tokens)):
+            raise ValueError("temperature, top_k and max_new_tokens must be at least 0, not "
+                             f"{temperature}, {top_k} and {max_new_tokens}")
         block_size, V = self.config.block_size, self.config.vocab_size
         cache = self.new_cache(len(idx), budget) if self.causal else None
         read_one = self.read

@@ -413,8 +413,10 @@ def main(argv):
 def read_rows(path):
     """The rows that are in a file, or a refusal."""
     rows = read_json(path)
-    needed = {"kind", "T", "batch", "budget", "n_layer", "n_embd", "machine"}
-    if not (isinstance(rows, list) and all(isinstance(row, dict) and needed <= row.keys() for row in rows)):
+    numbers, kinds = ("T", "batch", "budget", "n_layer", "n_embd"), ("muon", "step", "token")
+    is_row = lambda row: (isinstance(row, dict) and row.get("kind") in kinds and isinstance(row.get("machine"), str)
+                          and all(isinstance(row.get(name), (int, float)) for name in numbers))
+    if not (isinstance(rows, list) and all(map(is_row, rows))):
         refuse(f"{path} is not as bench.py writes it; remove it, or put the whole file back")
     return rows
 

@@ -173,7 +173,8 @@ def ranks(values):
 
 def spearman(a, b):
     """Spearman's rank correlation of a and b, of any one shape."""
-    return np.corrcoef(ranks(a.ravel()), ranks(b.ravel()))[0, 1]
+    with np.errstate(invalid="ignore"):                               # NaN, if all are equal
+        return np.corrcoef(ranks(a.ravel()), ranks(b.ravel()))[0, 1]
 
 
 @torch.no_grad()
@@ -435,7 +436,8 @@ def measure(s):
         if not (found and all(found.values())):
             refuse(f"{' and '.join(map(str, paths))} lack what the figure {s.figure} shows; run compare.py --preset "
                    f"{presets[0]} to its end, or name another folder with --results")
-        seeds = [len({run["seed"] for run in preset["runs"]}) for preset in results]
+        arms = [[run["arm"] for run in preset["runs"] if run["arm"] != GPT] for preset in results]
+        seeds = [of_preset.count(arm) for of_preset in arms for arm in of_preset]
         return found, f"{text}; {' to '.join(map(str, sorted({min(seeds), max(seeds)})))} paired seeds, 95 % intervals"
     most = 3 if s.figure == "kinds" else 1
     if len(s.budget) > most:
@@ -450,6 +452,8 @@ def measure(s):
         refuse(f"--out_dir {s.out_dir} was trained on {settings.dataset}, which is not here; call this where it was "
                "trained")
     data = Text(settings)
+    if data.fingerprint() != checkpoint["fingerprint"]:
+        refuse(f"--out_dir {s.out_dir} was trained on other data than {settings.dataset} holds now; put the old one back")
     settings.batch_size = min(s.windows, len(data.val) // data.T)     # for intervals, windows must not overlap
     idx = torch.from_numpy(data.val_batch(0)[0]).to(device)
     note = f"{settings.batch_size} validation windows, 95 % intervals"
@@ -463,9 +467,13 @@ def measure(s):
         return kinds(model, idx, s.budget), note
     if s.figure == "attention":
         return attention(model, idx, s.budget[0]), note
-    gpt = load(s.gpt_dir, "--gpt_dir")[1].eval()
+    gpt_checkpoint, gpt = load(s.gpt_dir, "--gpt_dir")
+    gpt.eval()
     if gpt.config.fork_layers:
         refuse(f"--gpt_dir {s.gpt_dir} holds a model with fork layers; name a run of train.py --fork_layers none")
+    if gpt_checkpoint["fingerprint"] != checkpoint["fingerprint"] or gpt.config.block_size < model.config.block_size:
+        refuse(f"--gpt_dir {s.gpt_dir} holds a model of other data or of a lower --block_size than --out_dir's; train one "
+               "with the same")
     return or_refuse(lambda: entropy(model, gpt, idx, s.budget[0])), note
 
 
@@ -479,7 +487,6 @@ def main(argv):
         found, note = measure(s)
         machine = f"{platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}"
         whole = dict(about=note, machine=machine, found=found)
-        write_text(path.with_suffix(".json"), json.dumps(whole, indent=1) + "\n")
         panels = PANELS.get(s.figure, 1)
         figure = plt.figure(figsize=(5 + 3 * panels, 4.5), layout="constrained", facecolor="white")
         axes = figure.subplots(1, panels)
@@ -488,6 +495,7 @@ def main(argv):
             figure.axes[0 if s.figure == "placement" else -1].legend(frameon=False, fontsize=9)
         figure.supxlabel(note, fontsize=9)
         write_picture(path, figure, dpi=130)
+        write_text(path.with_suffix(".json"), json.dumps(whole, indent=1) + "\n")
         plt.close(figure)
     print(path)
 

@@ -7,20 +7,23 @@ set -u
 part=${1:-} out=${2:-}
 case $part in tests|bench|scale|size-3M) ;; *) out= ;; esac
 [ -n "$out" ] || { echo 'usage: gpu.sh tests|bench|scale|size-3M FOLDER ["ARM; ARM"], with a folder for the results' >&2; exit 2; }
-mkdir -p "$out" || exit 2
+mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$(dirname "$0")/.." || exit 2
 compare=(python experiments/compare.py --processes 8 --runs out-compare --results "$out" --preset)
 if [ $part = scale ] || [ $part = size-3M ]; then
     [ -e data/linux.txt ] || [ ! -e data/linux.txt.xz ] || xz --decompress --keep data/linux.txt.xz
     [ -e data/linux.txt ] || { echo "gpu.sh: there is no data/linux.txt; make it with experiments/linux.py" >&2; exit 2; }
 fi
 case $part in
-    tests) timeout 580 python -m pytest tests/test_cuda.py -v -s > "$out/test_cuda.txt" 2>&1; tail -40 "$out/test_cuda.txt" ;;
+    tests) timeout 580 python -m pytest tests/test_cuda.py -v -s > "$out/test_cuda.txt" 2>&1
+           passed=$?
+           tail -40 "$out/test_cuda.txt"
+           exit $passed ;;
     bench) timeout 590 python experiments/bench.py --preset gpu --results "$out" ;;
-    size-3M) timeout 500 "${compare[@]}" size-3M
+    size-3M) timeout 500 "${compare[@]}" size-3M || [ $? = 124 ] || exit 1
              "${compare[@]}" size-3M --train false ;;
     scale) only=()
            [ -z "${3:-}" ] || only=(--arms "$3")
-           timeout 450 "${compare[@]}" scale "${only[@]}"
+           timeout 450 "${compare[@]}" scale "${only[@]}" || [ $? = 124 ] || exit 1     # 124: it ran out of time
            "${compare[@]}" scale --train false &
            bubbles=$(grep -ls "n_layer 8" out-compare/bubbles__r___2_0_*.json)    # its checkpoint is too large to bring home
            bubbles=${bubbles%.json}

@@ -110,7 +110,8 @@ class Text:
             self.vocabulary = read_vocabulary(path)
             self.vocab_size = s.vocab_size or len(self.vocabulary)
             if not self.vocab_size:
-                refuse(f"{path} has no meta.pkl; say how many tokens there are, as --vocab_size 50304 for GPT-2's")
+                refuse(f"{path} has no meta.pkl; put it there, or say how many tokens there are, as "
+                       "--vocab_size 50304 for GPT-2's")
             self.train, self.val = load_folder(path, self.vocab_size)
         else:
             self.vocab_size = 256

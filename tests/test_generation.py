@@ -147,7 +147,7 @@ def test_generation_edges():
     shown = []
     assert torch.equal(model.generate(idx, 4, temperature=0, show=shown.append)[:, 3:], torch.cat(shown, dim=1))
     for bad in (dict(temperature=-1), dict(temperature=math.nan), dict(top_k=-1)):
-        with pytest.raises(AssertionError):
+        with pytest.raises(ValueError):
             model.generate(idx, 1, **bad)
     with pytest.raises(ValueError, match="idx"):
         model.generate(idx[:, :0], 1)

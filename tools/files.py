@@ -194,6 +194,8 @@ def load_checkpoint(path, device, settings_class=None, flag="--out_dir"):
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} inside it is damaged")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+        for part in ("optimizers", "step", "vocabulary", "fingerprint", "batches", "val_loss", "best_val_loss"):
+            checkpoint[part]                                          # a KeyError, if it is not there
         for part, kind in (("config", Config), ("settings", settings_class)):
             if kind and checkpoint[part].keys() != {f.name for f in dataclasses.fields(kind)}:
                 raise ValueError(f"its {part} are another version's")
