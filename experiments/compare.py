@@ -136,10 +136,10 @@ PRESETS = {
     # Each of these reads 20 tokens for each of its parameters.
     "size-0.2M": Preset("needs data/linux.txt",
                         f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 64 --fork_layers 1,2 "
-                        "--batch_size 16", QUESTION, 10, (8e-3, 16e-3), (2100,)),
+                        "--batch_size 16", QUESTION, 10, (16e-3,), (2100,)),
     "size-0.8M": Preset("needs data/linux.txt",
                         f"--device cpu {LINUX} --block_size 128 --n_layer 4 --n_head 4 --n_embd 128 --fork_layers 1,2 "
-                        "--batch_size 16", QUESTION, 10, (4e-3, 8e-3), (8000,)),
+                        "--batch_size 16", QUESTION, 10, (8e-3,), (8000,)),
     "size-3M": Preset("needs a GPU and data/linux.txt",
                       f"--device cuda {LINUX} --compile --block_size 128 --n_layer 6 --n_head 4 --n_embd 208 "
                       "--fork_layers 1,3,4 --batch_size 128", QUESTION, 10, (8e-3,), (3900,)),
