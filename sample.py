@@ -73,8 +73,9 @@ def write_sample(model, prompt, vocabulary, s, seed):
 
 def main(argv):
     s = read_flags(Settings, argv, __doc__.strip())
-    if s.plot is not None and not (Path(s.plot).suffix in (".png", ".pdf", ".svg") and os.access(Path(s.plot).parent, os.W_OK)
-                       and not os.path.isdir(s.plot)):
+    picture = None if s.plot is None else Path(s.plot)
+    if picture and not (picture.suffix in (".png", ".pdf", ".svg") and os.access(picture.parent, os.W_OK)
+                        and not os.path.isdir(picture)):
         refuse(f"--plot must be a .png, .pdf or .svg in a folder that can be written to, not {s.plot!r}")
     path = best_or_last(s.out_dir) if s.checkpoint == "best" else Path(s.out_dir) / "ckpt.pt"
     checkpoint, model = load_checkpoint(path, choose_device(s.device))

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from experiments import bench
 from programs import exits
-from test_tinybubbles import plain_gpt, tokens
+from test_network import plain_gpt
+from test_tinybubbles import tokens
 from tinybubbles import Config
 
 

@@ -15,7 +15,8 @@ from tinybubbles import Config, Tinybubbles
     dict(vocab_size=0), dict(vocab_size=2.5), dict(block_size=-1), dict(n_layer=True), dict(n_embd=15), dict(n_head=0),
     dict(n_embd=6, n_head=2), dict(fork_layers=(4,)), dict(fork_layers=(-1,)), dict(fork_layers=(1, 1)),
     dict(fork_layers=(1.0,)), dict(fork_layers=1), dict(budget=0.99), dict(budget=math.nan), dict(budget=math.inf),
-    dict(budget="2"), dict(bar_budgets=(0.5,)), dict(dropout=1.1), dict(dropout=-0.1)], ids=str)
+    dict(budget="2"), dict(bar_budgets=(0.5,)), dict(dropout=1.1), dict(dropout=-0.1),
+    dict(dropout=math.nan), dict(dropout="x"), dict(bar_budgets=None)], ids=str)
 def test_a_bad_configuration_is_refused_in_one_sentence_that_names_it(bad):
     with pytest.raises(ValueError) as error:
         Tinybubbles(Config(**{**SMALL, **bad}))

@@ -1,11 +1,49 @@
-"""The network around the forks: loss, gradient, start, dropout: `python -m pytest tests/test_network.py`."""
+"""The network around the forks: a plain GPT, loss, gradient, start, dropout: `python -m pytest tests/test_network.py`."""
 import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from test_tinybubbles import KINDS, random_model, tokens
+from test_tinybubbles import KINDS, log_probs, random_model, tokens
 from tinybubbles import Config, PaperTinybubbles, Tinybubbles
+
+
+def plain_gpt(model, idx):
+    """A textbook GPT, with complex numbers for rotary positions, from the same weights."""
+    w, c = dict(model.named_parameters()), model.config
+    B, T = idx.shape
+    d = c.n_embd // c.n_head
+    turn = torch.polar(torch.ones(T, d // 2), torch.outer(torch.arange(1.0, T + 1),
+                                                          10000.0 ** (-torch.arange(d // 2) * 2 / d)))
+    spin = lambda x: torch.view_as_real(torch.complex(*x.chunk(2, -1)) * turn).transpose(-1, -2).flatten(-2)
+    norm = lambda x, name: F.layer_norm(x, (c.n_embd,), w[name + ".weight"])
+    x = w["wte.weight"][idx]
+    for l in range(c.n_layer):
+        b = f"blocks.{l}."
+        q, k, v = (F.linear(norm(x, b + "ln_1"), m).view(B, T, c.n_head, d).transpose(1, 2)
+                   for m in w[b + "attn.qkv.weight"].chunk(3))
+        logits = spin(q) @ spin(k).transpose(-1, -2) / math.sqrt(d)
+        y = logits.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1) @ v
+        x = x + F.linear(y.transpose(1, 2).flatten(2), w[b + "attn.proj.weight"])
+        hidden = F.gelu(F.linear(norm(x, b + "ln_2"), w[b + "mlp.fc.weight"]), approximate="tanh")
+        x = x + F.linear(hidden, w[b + "mlp.proj.weight"])
+    return F.linear(norm(x, "ln_f"), w["wte.weight"]).log_softmax(-1)
+
+
+@KINDS
+def test_no_fork_layers_is_a_plain_gpt(kind):
+    model, idx = random_model(7, kind, fork_layers=()), tokens(7)
+    for budget in (None, 3):
+        assert (log_probs(model, idx, budget=budget) - plain_gpt(model, idx)).abs().max() < 2e-5
+
+
+@KINDS
+def test_gradient_reaches_every_parameter(kind):
+    model = random_model(8, kind)
+    model(tokens(8), tokens(9), budget=1.5)[1].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and (p.grad != 0).any(), name
 
 
 @KINDS

@@ -1,6 +1,5 @@
 """What careful people expect of train.py and sample.py: runs that resume exactly, files that survive, several
 processes, other data: `python -m pytest tests/test_trust.py`."""
-import contextlib
 import io
 import math
 import os
